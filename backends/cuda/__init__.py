@@ -1,0 +1,1 @@
+"""PyTorch: on an NVIDIA GPU, or on a CPU."""

@@ -1,0 +1,237 @@
+"""One model with an adapter and an optimiser: the step, the evaluation, the state."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from backends.cuda.loss import summed_losses, token_losses
+from backends.cuda.memory import GPU, memory_stats, within_memory
+from backends.cuda.model import adapter_parameters
+from backends.cuda.optim import from_numpy, gradient, make_optimizer, to_numpy
+from core.adapter import Adapter
+from core.config import RunConfig
+from core.errors import UserError
+from core.protocols import (
+    FILLER_ROW,
+    IGNORE,
+    Batch,
+    FloatArray,
+    IntArray,
+    MemoryStats,
+    RowLosses,
+    StepOutput,
+    TrainState,
+)
+from core.seeding import step_seed
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class CudaLearner:
+    """`core.protocols.Learner` in PyTorch. Made by `CudaBackend.open`."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        *,
+        adapter: Adapter,
+        config: RunConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        num_base_parameters: int,
+        description: str,
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.num_trainable = adapter.num_parameters
+        self.num_parameters = num_base_parameters + self.num_trainable
+        self.description = description
+        self._dtype = dtype
+        self._seed = config.train.seed
+        self._optim = config.optim
+        self._parameters = adapter_parameters(model, adapter)
+        self._optimizer = make_optimizer(self._parameters, config.optim, device=device)
+        base: Any = model.get_base_model()
+        self.base = base
+        self._decoder, self._head = base.model, base.lm_head
+        model.train()
+
+    # --- training
+
+    def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
+        """One optimiser step over all `microbatches`; `step` counts from 1.
+
+        Nothing in here waits for the device: the outputs are device scalars.
+
+        Raises:
+            OutOfMemoryError: the step did not fit.
+        """
+        num_targets = sum(batch.num_targets for batch in microbatches)
+        assert num_targets > 0, "a step without target tokens"
+        loss, norm = within_memory(
+            lambda: self._accumulate(microbatches, step=step, num_targets=num_targets),
+            device=self.device,
+            doing=f"in a training step with {_extent(microbatches)}",
+        )
+        within_memory(
+            lambda: self._optimizer.step(lr), device=self.device, doing="in the optimiser's update"
+        )
+        return StepOutput(loss=loss, grad_norm=norm, num_targets=num_targets)
+
+    def _accumulate(
+        self, microbatches: Sequence[Batch], *, step: int, num_targets: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves the clipped gradient of the whole step in `.grad`; returns the loss and the norm before clipping."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        total = torch.zeros((), device=self.device)
+        for index, batch in enumerate(microbatches):
+            if batch.num_targets:
+                torch.manual_seed(step_seed(self._seed, step, index))
+                total += self._backward(batch)
+        gradients = [gradient(parameter) for parameter in self._parameters.values()]
+        # Divided here and not in the loss: with float16 the sum's gradients are less likely to vanish.
+        torch._foreach_mul_(gradients, 1.0 / num_targets)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._optim.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._parameters.values(), self._optim.max_grad_norm, norm
+            )
+        return total / num_targets, norm
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Adds the gradient of the batch's summed objective to `.grad`; returns its summed cross-entropy."""
+        with self._autocast():
+            hidden, targets = self._at_targets(batch)
+            objective, nll = summed_losses(
+                self._head, hidden, targets, smoothing=self._optim.label_smoothing
+            )
+        objective.backward()
+        return nll
+
+    def _at_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Final hidden states [N, hidden] and token ids [N] of the batch's N target positions."""
+        places = target_places(batch)
+        states = self._decoder(input_ids=self._send(batch.inputs), use_cache=False)
+        flat = states.last_hidden_state.flatten(0, 1)
+        return (
+            flat.index_select(0, self._send(places)),
+            self._send(batch.targets.reshape(-1)[places]),
+        )
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        """int64 copy on the device; to a GPU through pinned memory, without waiting."""
+        tensor = torch.from_numpy(array.astype(np.int64))
+        if self.device.type != GPU:
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Lets the float32 adapter compute in the base's type."""
+        if self._dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    # --- evaluation
+
+    def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
+        """Loss of every row but fillers, in the batches' order, without dropout.
+
+        Raises:
+            OutOfMemoryError: a batch did not fit.
+        """
+        with self.evaluating():
+            pending = [(batch, self._nll(batch)) for batch in batches]
+            # device-to-host synchronisation: once, here
+            rows = [row_sums(batch, losses.cpu().numpy()) for batch, losses in pending]
+        ids, nll, counts = zip(*rows, strict=True) if rows else ((), (), ())
+        return RowLosses(
+            row_ids=np.concatenate([np.empty(0, np.int64), *ids]),
+            nll=np.concatenate([np.empty(0, np.float64), *nll]),
+            num_targets=np.concatenate([np.empty(0, np.int64), *counts]),
+        )
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Any:
+        """Within it: no dropout, no gradients, the compute type. After it: training mode."""
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                yield
+        finally:
+            self.model.train()
+
+    def _nll(self, batch: Batch) -> torch.Tensor:
+        """float32 [N]: the cross-entropy of each target, in row order, on the device."""
+        if batch.num_targets == 0:
+            return torch.empty(0)
+        return within_memory(
+            lambda: token_losses(self._head, *self._at_targets(batch)),
+            device=self.device,
+            doing=f"in an evaluation with {_extent([batch])}",
+        )
+
+    # --- state
+
+    def export_state(self) -> TrainState:
+        """Adapter and moments as copies on the host, bit for bit."""
+        return TrainState(
+            adapter={name: to_numpy(p) for name, p in self._parameters.items()},
+            optimizer=self._optimizer.export_slots(),
+            optimizer_steps=self._optimizer.num_steps,
+        )
+
+    @torch.no_grad()
+    def import_state(self, state: TrainState) -> None:
+        """Continues from `state`.
+
+        Raises:
+            UserError: the state of another adapter or another optimiser.
+        """
+        if state.adapter.keys() != self._parameters.keys():
+            raise UserError(
+                "the checkpoint's adapter has other modules than this run's",
+                hint="resume with the lora settings that the checkpoint was made with",
+            )
+        values = {n: from_numpy(state.adapter[n], like=p) for n, p in self._parameters.items()}
+        self._optimizer.import_slots(state.optimizer, num_steps=state.optimizer_steps)
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
+
+    def memory(self) -> MemoryStats:
+        return memory_stats(self.device)
+
+    def close(self) -> None:
+        """Lets go of the model and its memory; the learner is of no use afterwards."""
+        for name in ("model", "base", "_decoder", "_head", "_parameters", "_optimizer"):
+            setattr(self, name, None)
+        gc.collect()
+        if self.device.type == GPU:
+            torch.cuda.empty_cache()
+
+
+def target_places(batch: Batch) -> IntArray:
+    """int64 [N]: the target positions in the flattened batch, row after row; found on the host, so nothing waits."""
+    return np.flatnonzero(batch.targets.reshape(-1) != IGNORE)
+
+
+def row_sums(batch: Batch, losses: np.ndarray) -> tuple[IntArray, FloatArray, IntArray]:
+    """Ids, summed losses (float64) and target counts of the batch's rows without fillers, from the losses [N]."""
+    num_rows, width = batch.targets.shape
+    rows = target_places(batch) // width
+    nll = np.bincount(rows, weights=losses, minlength=num_rows)
+    counts = np.bincount(rows, minlength=num_rows)
+    real = batch.row_ids != FILLER_ROW
+    return batch.row_ids[real].astype(np.int64), nll[real], counts[real].astype(np.int64)
+
+
+def _extent(batches: Sequence[Batch]) -> str:
+    rows, width = max((batch.inputs.shape for batch in batches), key=lambda s: s[0] * s[1])
+    return f"{rows} x {width} tokens at a time"

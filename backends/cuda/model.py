@@ -1,0 +1,268 @@
+"""The frozen base from a folder, and the adapter on it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging as transformers_logging
+
+from core.adapter import Adapter
+from core.architecture import Architecture, read_architecture
+from core.config import ModelConfig
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from core.models import ResolvedModel
+
+log = logging.getLogger("twinkeel")
+
+ATTENTION = "twinkeel_causal"
+ADAPTER_NAME = "default"
+NAMES_SHOWN = 3
+
+
+def causal_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' "sdpa" attention for rows that are padded on the right only, so that no mask is needed.
+
+    transformers 5 makes a mask for "sdpa" in every forward pass, and looks for packed rows in it, which waits for the
+    device. For an attention of another name it makes none; then scaled_dot_product_attention runs its fast causal kernel.
+    A sliding window still needs its mask, once a row is longer than the window. While a cache is read (one query), the
+    cache itself holds no more than the window.
+
+    Args:
+        query: [batch, heads, queries, head size]; key and value: [batch, key-value heads, keys, head size].
+    """
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if sliding_window is not None and num_queries > 1 and num_keys > sliding_window:
+        assert num_queries == num_keys, "several queries on a filled cache"
+        attention_mask = window_mask(num_keys, sliding_window, query.device)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, None
+
+
+@functools.lru_cache(maxsize=4)  # every layer of a model asks for the same one
+def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Boolean [1, 1, length, length]: position i sees the `window` positions i - window + 1 to i."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+AttentionInterface.register(ATTENTION, causal_attention)
+
+
+def load_base(
+    model: ResolvedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Reads the weights, to `device`, frozen: in NF4 (double quantisation) for 4 bits, else in `dtype`.
+
+    Raises:
+        UserError: a family this backend doesn't know, or missing, damaged or misshapen weights.
+    """
+    architecture = read_architecture(Path(model.path))
+    if architecture.mlx_bits is not None:
+        raise UserError(
+            f"{model.name}: the weights are {architecture.mlx_bits}-bit MLX weights, which only MLX can read",
+            hint="use --backend mlx, or give the original model",
+        )
+    silence_libraries()
+    base, info = _read(model, _load_options(config, device, dtype))
+    _check_loaded(model, info, _misshapen_quantised(base))
+    base.requires_grad_(False)
+    if config.bits == 4:
+        _keep_quantised_for_training(base)
+        _warn_of_unquantised_experts(base, architecture)
+    return base
+
+
+def silence_libraries() -> None:
+    """No progress bars or chatter from transformers: what matters, this backend says itself."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _load_options(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "attn_implementation": ATTENTION,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    if config.trust_remote_code:
+        options["trust_remote_code"] = True
+    if config.bits == 4:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return options
+
+
+def _read(model: ResolvedModel, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    from safetensors import SafetensorError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base, info = AutoModelForCausalLM.from_pretrained(
+                model.path, output_loading_info=True, **options
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise UserError(
+            f"{model.name}: can't be loaded: {_first_line(error)}", hint="download the model again"
+        ) from None
+    return base, info
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _misshapen_quantised(base: PreTrainedModel) -> list[str]:
+    """Packed 4-bit weights whose unpacked shape is not their layer's: transformers compares none of them."""
+    found = []
+    for name, module in base.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
+            found.append(f"{name}.weight")
+    return found
+
+
+def _check_loaded(model: ResolvedModel, info: dict[str, Any], misshapen: list[str]) -> None:
+    """transformers fills a tensor that it does not find with random numbers and goes on; here that is an error."""
+    for what, names in (
+        ("have no", info["missing_keys"]),
+        ("have the wrong shape for", [*misshapen, *(key[0] for key in info["mismatched_keys"])]),
+    ):
+        if names:
+            raise UserError(
+                f"{model.name}: the weights {what} {_listed(names)}",
+                hint="download the model again, or check that config.json belongs to these weights",
+            )
+    if info["unexpected_keys"]:
+        log.warning(
+            "%s: tensors that this model has no use for: %s",
+            model.name,
+            _listed(info["unexpected_keys"]),
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else ""
+    return ", ".join(ordered[:NAMES_SHOWN]) + more
+
+
+def _keep_quantised_for_training(base: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes repacks a weight in its first evaluation; that form has no backward."""
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _warn_of_unquantised_experts(base: PreTrainedModel, architecture: Architecture) -> None:
+    if not architecture.is_moe:
+        return
+    experts = sum(p.nbytes for name, p in base.named_parameters() if ".experts." in name)
+    total = sum(p.nbytes for p in base.parameters())
+    log.warning(
+        "model.bits 4: bitsandbytes quantises linear layers only; the experts of this %s model stay in 16 bits or more: "
+        "%.1f of its %.1f MB (%.0f %%)",
+        architecture.model_type,
+        experts / 1e6,
+        total / 1e6,
+        100 * experts / total,
+    )
+
+
+def put_adapter(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
+    """Puts LoRA matrices with the values of `adapter` on `base`; they are float32 and all that trains.
+
+    Raises:
+        UserError: the model lacks a module that the adapter is for.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    known = dict(base.named_modules())
+    lacking = [name for name in adapter.modules if name not in known]
+    if lacking:
+        raise UserError(f"the adapter is for modules that this model lacks: {_listed(lacking)}")
+    settings = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
+        lora_dropout=adapter.dropout,
+        use_rslora=adapter.rslora,
+        target_modules=list(adapter.modules),
+        bias="none",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(base, settings, adapter_name=ADAPTER_NAME)  # type: ignore[arg-type]
+    assert not isinstance(model, str)
+    _write_initial(adapter_parameters(model, adapter), adapter)
+    for module in model.modules():
+        # Under autocast the input can stay in the compute type; PEFT would turn it to float32 and autocast back.
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model  # type: ignore[return-value]
+
+
+def adapter_parameters(model: PeftModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters under the adapter's neutral names, in its order."""
+    found = dict(model.named_parameters())
+    parameters: dict[str, torch.nn.Parameter] = {}
+    for name in adapter.tensors:
+        module, matrix = name.rsplit(".", 1)
+        parameters[name] = found[f"base_model.model.{module}.{matrix}.{ADAPTER_NAME}.weight"]
+    trained = {id(p) for p in found.values() if p.requires_grad}
+    assert trained == {id(p) for p in parameters.values()}, "PEFT adapted other modules than asked"
+    return parameters
+
+
+@torch.no_grad()
+def _write_initial(parameters: dict[str, torch.nn.Parameter], adapter: Adapter) -> None:
+    for name, parameter in parameters.items():
+        value = torch.from_numpy(adapter.tensors[name].copy())
+        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
+        assert parameter.shape == value.shape, f"{name} is {tuple(parameter.shape)}"
+        parameter.copy_(value)
+
+
+def enable_checkpointing(base: PreTrainedModel) -> None:
+    """Recomputes each layer in the backward pass, dropout masks included (non-reentrant: torch restores its generator)."""
+    # transformers 5.23 renamed it and warns of the old name
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if hasattr(base, name):
+            getattr(base, name)({"use_reentrant": False})
+            return
+    raise AssertionError("transformers has no gradient checkpointing")

@@ -1,0 +1,299 @@
+"""Training and evaluating an adapter with MLX.
+
+The step is functional: adapter and optimiser state go into compiled functions and come back. No module state is
+captured, so a restored state is simply used by the next call, and a trace leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses
+from backends.mlx.memory import MemoryMeter, translate_out_of_memory
+from backends.mlx.model import Network
+from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
+from core.config import RunConfig
+from core.errors import UserError
+from core.protocols import (
+    FILLER_ROW,
+    Batch,
+    MemoryStats,
+    RowLosses,
+    StepOutput,
+    Tensors,
+    TrainState,
+)
+from core.seeding import step_seed
+
+Parameters = dict[str, mx.array]
+
+
+class MlxLearner:
+    """A `core.protocols.Learner`. Made by `MlxBackend.open`."""
+
+    def __init__(
+        self,
+        network: Network,
+        parameters: Parameters,
+        config: RunConfig,
+        *,
+        description: str,
+        num_base_parameters: int,
+        accelerator: bool,
+        compiled: bool,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.network = network
+        self.description = description
+        self.num_trainable = sum(array.size for array in parameters.values())
+        self.num_parameters = num_base_parameters + self.num_trainable
+        self.parameters = parameters
+        self._seed = config.train.seed
+        self._max_grad_norm = config.optim.max_grad_norm
+        self._label_smoothing = config.optim.label_smoothing
+        self._optimizer = make_optimizer(config.optim)
+        self._slots = initial_slots(self._optimizer, parameters)
+        self._optimizer_steps = 0
+        self._meter = MemoryMeter(accelerator=accelerator)
+        self._on_close = on_close
+        compile_ = mx.compile if compiled else _as_it_is
+        self._gradients = compile_(self._gradients_of_microbatch)
+        self._update = compile_(self._updated)
+        self._losses = compile_(self._losses_of_batch)
+        mx.eval(self.parameters, self._slots)
+
+    # -- the step
+
+    def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
+        """Submits one optimiser step and returns before it is computed."""
+        selections = [select_targets(batch) for batch in microbatches]
+        num_targets = sum(selection.num_targets for selection in selections)
+        assert num_targets > 0, "a step without a target token"
+        with translate_out_of_memory(f"a training step of {_shapes(microbatches)}"):
+            loss: mx.array | None = None
+            total: Parameters | None = None
+            for index, (batch, selection) in enumerate(zip(microbatches, selections, strict=True)):
+                if selection.num_targets == 0:
+                    continue
+                key = mx.random.key(step_seed(self._seed, step, index))
+                arrays = _device_arrays(batch, selection)
+                loss, total = self._gradients(self.parameters, loss, total, key, *arrays)
+                mx.async_eval(loss, total)
+            assert loss is not None and total is not None
+            return self._apply(loss, total, num_targets=num_targets, lr=lr)
+
+    def _apply(
+        self, loss: mx.array, total: Parameters, *, num_targets: int, lr: float
+    ) -> StepOutput:
+        steps = self._optimizer_steps + 1
+        coefficients = mx.array(self._optimizer.coefficients(lr, steps), mx.float32)
+        mean, norm, parameters, slots = self._update(
+            self.parameters, self._slots, total, loss, mx.array(1.0 / num_targets), coefficients
+        )
+        mx.async_eval(mean, norm, parameters, slots)
+        self.parameters, self._slots, self._optimizer_steps = parameters, slots, steps
+        return StepOutput(loss=_Scalar(mean), grad_norm=_Scalar(norm), num_targets=num_targets)
+
+    def _gradients_of_microbatch(
+        self,
+        parameters: Parameters,
+        loss_so_far: mx.array | None,
+        total_so_far: Parameters | None,
+        key: mx.array,
+        tokens: mx.array,
+        position: mx.array,
+        target: mx.array,
+        weight: mx.array,
+    ) -> tuple[mx.array, Parameters]:
+        """Adds a micro-batch's summed cross-entropy and the gradient of its summed objective to those so far."""
+        keys = self.network.dropout_keys(key)
+
+        def objective(parameters: Parameters) -> tuple[mx.array, mx.array]:
+            hidden = self.network.hidden_states(parameters, tokens, keys=keys, training=True)
+            return summed_loss(
+                self.network.project,
+                hidden,
+                position,
+                target,
+                weight,
+                label_smoothing=self._label_smoothing,
+            )
+
+        (_, loss), gradients = mx.value_and_grad(objective)(parameters)
+        if loss_so_far is None or total_so_far is None:
+            return loss, gradients
+        return loss_so_far + loss, {
+            name: total_so_far[name] + gradient for name, gradient in gradients.items()
+        }
+
+    def _updated(
+        self,
+        parameters: Parameters,
+        slots: dict[str, Slots],
+        total: Parameters,
+        loss: mx.array,
+        share: mx.array,
+        coefficients: mx.array,
+    ) -> tuple[mx.array, mx.array, Parameters, dict[str, Slots]]:
+        # In one layout, so that sums run in the same order whether the step before was restored or computed.
+        gradients = {name: mx.contiguous(array) * share for name, array in total.items()}
+        norm = global_norm(gradients)
+        if self._max_grad_norm is not None:
+            factor = clip_factor(norm, self._max_grad_norm)
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
+        updated: Parameters = {}
+        new_slots: dict[str, Slots] = {}
+        for name, gradient in gradients.items():
+            updated[name], new_slots[name] = self._optimizer.update(
+                parameters[name], gradient, slots[name], coefficients
+            )
+        return loss * share, norm, updated, new_slots
+
+    # -- evaluation
+
+    def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
+        parts: list[RowLosses] = []
+        waiting: tuple[Batch, Selection, mx.array] | None = None
+        for batch in batches:
+            selection = select_targets(batch)
+            with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
+                tokens, position, target, _ = _device_arrays(batch, selection)
+                losses = self._losses(self.parameters, tokens, position, target)
+                mx.async_eval(losses)
+                # Read one batch behind, so that the device computes while the host sums.
+                if waiting is not None:
+                    parts.append(_per_row(*waiting))
+            waiting = batch, selection, losses
+        if waiting is not None:
+            with translate_out_of_memory("an evaluation"):
+                parts.append(_per_row(*waiting))
+        return _joined(parts)
+
+    def _losses_of_batch(
+        self, parameters: Parameters, tokens: mx.array, position: mx.array, target: mx.array
+    ) -> mx.array:
+        hidden = self.network.hidden_states(parameters, tokens)
+        return token_losses(self.network.project, hidden, position, target)
+
+    # -- state
+
+    def export_state(self) -> TrainState:
+        """Copies to the host: a synchronisation."""
+        optimizer = {
+            f"{slot}/{name}": np.array(array)
+            for name, slots in self._slots.items()
+            for slot, array in slots.items()
+        }
+        adapter = {name: np.array(array) for name, array in self.parameters.items()}
+        return TrainState(adapter, optimizer, self._optimizer_steps)
+
+    def import_state(self, state: TrainState) -> None:
+        """Takes up where `state` was exported. No optimiser state at all means a fresh optimiser.
+
+        Raises:
+            UserError: other tensors or shapes than this adapter and optimiser have.
+        """
+        parameters = _matching(state.adapter, self.parameters, "adapter")
+        fresh = initial_slots(self._optimizer, parameters)
+        if state.optimizer or state.optimizer_steps:
+            flat = {
+                f"{slot}/{name}": array
+                for name, slots in fresh.items()
+                for slot, array in slots.items()
+            }
+            loaded = _matching(state.optimizer, flat, "optimiser state")
+            fresh = {
+                name: {slot: loaded[f"{slot}/{name}"] for slot in slots}
+                for name, slots in fresh.items()
+            }
+        mx.eval(parameters, fresh)
+        self.parameters, self._slots = parameters, fresh
+        self._optimizer_steps = state.optimizer_steps
+
+    def memory(self) -> MemoryStats:
+        return self._meter.read()
+
+    def close(self) -> None:
+        """Lets go of the model and of MLX's buffer cache."""
+        mx.synchronize()
+        empty: dict[str, Any] = {}
+        self.parameters, self._slots = empty, dict(empty)
+        del self.network, self._gradients, self._update, self._losses
+        gc.collect()
+        mx.clear_cache()
+        self._on_close()
+
+
+class _Scalar:
+    """A device scalar; `float()` waits for it, and reports a lack of memory as what it is."""
+
+    __slots__ = ("_array",)
+
+    def __init__(self, array: mx.array) -> None:
+        self._array = array
+
+    def __float__(self) -> float:
+        with translate_out_of_memory("a training step"):
+            return float(self._array.item())
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _device_arrays(
+    batch: Batch, selection: Selection
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    return (
+        mx.array(batch.inputs),
+        mx.array(selection.position),
+        mx.array(selection.target),
+        mx.array(selection.weight),
+    )
+
+
+def _shapes(batches: Sequence[Batch]) -> str:
+    rows, width = max(
+        (batch.inputs.shape for batch in batches), key=lambda shape: shape[0] * shape[1]
+    )
+    return f"{len(batches)} x {rows} x {width} tokens"
+
+
+def _per_row(batch: Batch, selection: Selection, losses: mx.array) -> RowLosses:
+    """Sums the losses of each row in float64. Waits for the device."""
+    num_rows = len(batch.row_ids)
+    values = np.array(losses[: selection.num_targets], np.float64)
+    nll = np.bincount(selection.row, weights=values, minlength=num_rows)
+    counts = np.bincount(selection.row, minlength=num_rows)
+    real = batch.row_ids != FILLER_ROW
+    return RowLosses(batch.row_ids[real], nll[real], counts[real].astype(np.int64))
+
+
+def _joined(parts: Sequence[RowLosses]) -> RowLosses:
+    if not parts:
+        return RowLosses(np.zeros(0, np.int64), np.zeros(0, np.float64), np.zeros(0, np.int64))
+    return RowLosses(
+        np.concatenate([part.row_ids for part in parts]),
+        np.concatenate([part.nll for part in parts]),
+        np.concatenate([part.num_targets for part in parts]),
+    )
+
+
+def _matching(given: Tensors, expected: Mapping[str, mx.array], what: str) -> Parameters:
+    """`given` as float32 arrays, if it has exactly the names and shapes of `expected`."""
+    wrong = sorted(given.keys() ^ expected.keys())
+    wrong += [
+        name for name in given.keys() & expected.keys() if given[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"the {what} to restore does not fit this run: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, such as {wrong[0]}",
+            hint="resume with the configuration (lora, optim, model) that the checkpoint was made with",
+        )
+    return {name: mx.array(given[name].astype(np.float32)) for name in expected}

@@ -1,0 +1,127 @@
+"""Cross-entropy at the target positions only, never as [B, T, V] logits.
+
+Most positions of a training batch are prompt or padding. The positions with a target are gathered from the hidden
+states first; the output projection and the float32 log-softmax see nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from core.protocols import IGNORE, Batch
+
+Project = Callable[[mx.array], mx.array]
+"""Hidden states [M, D] to logits [M, V]."""
+
+CHUNK = 1024
+"""Target positions whose float32 logits exist at a time: 131 MB at a vocabulary of 32,000."""
+_SMALLEST = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The target positions of a batch, padded to one of a few lengths M so that few shapes are compiled."""
+
+    position: np.ndarray
+    """int32 [M]: b * T + t; 0 in the padding."""
+    target: np.ndarray
+    """int32 [M]: token ids; 0 in the padding."""
+    weight: np.ndarray
+    """float32 [M]: 1, and 0 in the padding."""
+    row: np.ndarray
+    """int64 [num_targets]: the row b of each position that is not padding."""
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.row)
+
+
+def select_targets(batch: Batch) -> Selection:
+    row, column = np.nonzero(batch.targets != IGNORE)
+    count = len(row)
+    size = padded_size(count)
+    position, target = np.zeros(size, np.int32), np.zeros(size, np.int32)
+    weight = np.zeros(size, np.float32)
+    position[:count] = row * batch.targets.shape[1] + column
+    target[:count] = batch.targets[row, column]
+    weight[:count] = 1.0
+    return Selection(position, target, weight, row)
+
+
+def padded_size(count: int) -> int:
+    """The next power of two from 32 up to `CHUNK`, then the next multiple of `CHUNK`."""
+    if count > CHUNK:
+        return -(-count // CHUNK) * CHUNK
+    return max(_SMALLEST, 1 << (count - 1).bit_length()) if count else _SMALLEST
+
+
+def summed_loss(
+    project: Project,
+    hidden: mx.array,
+    position: mx.array,
+    target: mx.array,
+    weight: mx.array,
+    *,
+    label_smoothing: float,
+) -> tuple[mx.array, mx.array]:
+    """Sums over the target positions of one micro-batch.
+
+    Args:
+        hidden: [B, T, D] after the final norm.
+        position, target, weight: [M], see `Selection`.
+        label_smoothing: share e of the probability spread over the vocabulary (arXiv:1512.00567):
+            (1 - e) * CE + e * mean over the vocabulary of -log p.
+
+    Returns:
+        The optimised loss and the pure cross-entropy, float32 scalars in nats.
+    """
+
+    def chunk(selected: mx.array, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        logits, log_total = _logits(project, selected)
+        loss = log_total - _picked(logits, ids)
+        objective = loss
+        if label_smoothing:
+            uniform = log_total - logits.mean(axis=-1)
+            objective = (1 - label_smoothing) * loss + label_smoothing * uniform
+        return (objective * weights).sum(), (loss * weights).sum()
+
+    # With more than one chunk, each recomputes its logits in the backward pass instead of keeping them.
+    run = chunk if len(position) <= CHUNK else mx.checkpoint(chunk)
+    parts = [run(*part) for part in _chunks(_flatten(hidden)[position], target, weight)]
+    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+def token_losses(
+    project: Project, hidden: mx.array, position: mx.array, target: mx.array
+) -> mx.array:
+    """Cross-entropy of each selected position, float32 [M] in nats."""
+
+    def chunk(selected: mx.array, ids: mx.array) -> mx.array:
+        logits, log_total = _logits(project, selected)
+        return log_total - _picked(logits, ids)
+
+    parts = [chunk(*part) for part in _chunks(_flatten(hidden)[position], target)]
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _flatten(hidden: mx.array) -> mx.array:
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _logits(project: Project, selected: mx.array) -> tuple[mx.array, mx.array]:
+    """Float32 logits [M, V] and their logsumexp [M]."""
+    logits = project(selected).astype(mx.float32)
+    return logits, mx.logsumexp(logits, axis=-1)
+
+
+def _picked(logits: mx.array, ids: mx.array) -> mx.array:
+    return mx.take_along_axis(logits, ids[:, None], axis=-1).squeeze(-1)
+
+
+def _chunks(*arrays: mx.array) -> Iterator[tuple[mx.array, ...]]:
+    for start in range(0, len(arrays[0]), CHUNK):
+        yield tuple(array[start : start + CHUNK] for array in arrays)

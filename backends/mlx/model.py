@@ -1,0 +1,394 @@
+"""The frozen base model, the adapter on it, and the forward pass over both.
+
+Layers and loading are mlx-lm's. The forward pass is ours, for three reasons: mlx-lm's Mistral and Mixtral don't apply a
+sliding window, its gradient checkpointing patches the layer class for the rest of the process and draws other dropout
+masks in the recomputation, and logits are wanted at few positions only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from backends.mlx.memory import translate_out_of_memory
+from core.adapter import LORA_A, LORA_B, Adapter
+from core.architecture import Architecture, read_architecture
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.models import ResolvedModel
+
+logger = logging.getLogger("twinkeel")
+
+GROUP_SIZE = 64
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_DEFAULT_THETA = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}
+"""transformers' defaults, by model_type."""
+
+Arrays = Mapping[str, mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """mlx-lm's model as loaded, and what mlx-lm does not keep."""
+
+    module: nn.Module
+    window: int | None
+    """Positions that attention looks back over, the present one included; None for all."""
+    tied: bool
+    num_parameters: int
+    end_tokens: frozenset[int]
+    """Of the model's generation settings."""
+    weights: str
+    """For people: `16-bit weights`, `4-bit weights (affine, group 64)`."""
+
+
+def load_base(
+    model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_code: bool = False
+) -> Base:
+    """Loads a folder in Hugging Face or MLX layout, in `dtype`, and quantises it when `bits` is 4.
+
+    Quantised as `mlx_lm.convert -q` does it: every linear layer, expert, router and embedding (tied ones, too) whose
+    input width is a multiple of 64. Scales have the compute type, which on a CPU makes it usable. A folder that is
+    MLX-quantised already is taken as it is.
+
+    Raises:
+        UserError: weights that are missing, damaged or of another shape, or a feature that mlx-lm would misread.
+        OutOfMemoryError: it doesn't fit.
+    """
+    folder = Path(model.path)
+    architecture = read_architecture(folder)
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    _check_quantization(model.name, raw, bits)
+    settings = _mlx_settings(model.name, raw, architecture)
+    with translate_out_of_memory(f"loading {model.name}"):
+        module, read = _read_weights(model, folder, settings, trust_remote_code)
+        if architecture.model_type == "mixtral" and settings["rope_scaling"]:
+            _scale_rope(module, architecture, settings)
+        num_parameters = _count_parameters(module)
+        module.set_dtype(dtype)
+        weights = f"{architecture.mlx_bits}-bit weights (as in the folder)"
+        if architecture.mlx_bits is None:
+            weights = "32-bit weights" if dtype == mx.float32 else "16-bit weights"
+            if bits == 4:
+                _quantize(module)
+                weights = f"4-bit weights (affine, group {GROUP_SIZE})"
+        _materialise(module, model.name)
+    module.freeze()
+    module.eval()
+    return Base(
+        module=module,
+        window=_window(raw),
+        tied=architecture.tied_embeddings,
+        num_parameters=num_parameters,
+        end_tokens=_end_tokens(read.get("eos_token_id")),
+        weights=weights,
+    )
+
+
+def _check_quantization(name: str, raw: dict[str, Any], bits: int) -> None:
+    if "quantization" in raw:
+        if bits == 16:
+            raise UserError(
+                f"{name} is quantised already, and model.bits is 16", hint="set model.bits=4"
+            )
+        return
+    if foreign := raw.get("quantization_config"):
+        method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
+        raise UserError(
+            f"{name} is quantised with {method}, which the mlx backend does not read",
+            hint="give the 16-bit model, or an MLX folder made by mlx_lm.convert",
+        )
+
+
+def _mlx_settings(name: str, raw: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """What mlx-lm would misread in a config.json, in the names that it knows.
+
+    transformers 5 saves `rope_parameters`; mlx-lm reads `rope_theta` and `rope_scaling` and falls back to theta 10000
+    in silence. Its default for `tie_word_embeddings` is the opposite of transformers'.
+    """
+
+    def refuse(field: str, value: object) -> UserError:
+        return UserError(
+            f"{name}: {field} {value!r} is not supported by the mlx backend",
+            hint="use --backend cuda (it runs on a CPU, too) or another model",
+        )
+
+    new_style = raw.get("rope_parameters") or {}
+    scaling = dict(new_style or raw.get("rope_scaling") or {})
+    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta")
+    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope_type not in _ROPE_TYPES:
+        raise refuse("rope_type", rope_type)
+    for field in ("attention_factor", "truncate", "partial_rotary_factor"):
+        if scaling.get(field) not in (None, 1.0):
+            raise refuse(f"rope_parameters.{field}", scaling[field])
+    if raw.get("hidden_act", "silu") != "silu":
+        raise refuse("hidden_act", raw["hidden_act"])
+    natural_head_dim = architecture.hidden_size // architecture.num_heads
+    if architecture.is_moe and architecture.head_dim != natural_head_dim:
+        raise refuse("head_dim", architecture.head_dim)
+    return {
+        "rope_theta": theta or _DEFAULT_THETA[architecture.model_type],
+        "rope_scaling": None if rope_type == "default" else {**scaling, "rope_type": rope_type},
+        "tie_word_embeddings": architecture.tied_embeddings,
+        "layer_types": None,
+    }
+
+
+def _window(raw: dict[str, Any]) -> int | None:
+    """Sliding window as transformers reads it: Mistral's default is 4096, Mixtral's none, Llama has no such thing."""
+    match raw["model_type"]:
+        case "mistral":
+            return raw.get("sliding_window", 4096)
+        case "mixtral":
+            return raw.get("sliding_window")
+    return None
+
+
+def _read_weights(
+    model: ResolvedModel, folder: Path, settings: dict[str, Any], trust_remote_code: bool
+) -> tuple[nn.Module, dict[str, Any]]:
+    """mlx-lm's model and the configuration as it reads it, generation settings included."""
+    from mlx_lm.utils import load_model
+
+    try:
+        module, read = load_model(
+            folder,
+            lazy=True,
+            strict=True,
+            model_config=settings,
+            trust_remote_code=trust_remote_code,
+        )
+    except (FileNotFoundError, ValueError, RuntimeError, KeyError) as error:
+        raise _damaged(model.name, error) from error
+    return module, read
+
+
+def _end_tokens(value: int | list[int] | None) -> frozenset[int]:
+    listed = value if isinstance(value, list) else [value]
+    return frozenset(int(token) for token in listed if token is not None)
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:300] + "…"
+    if isinstance(error, KeyError):
+        text = f"missing {text}"
+    return UserError(
+        f"{name}: the weights can't be loaded: {text}",
+        hint="download the model again; it needs complete safetensors files that fit its config.json",
+    )
+
+
+def _scale_rope(module: nn.Module, architecture: Architecture, settings: dict[str, Any]) -> None:
+    """mlx-lm's Mixtral knows no scaled rotary embedding."""
+    from mlx_lm.models.rope_utils import initialize_rope
+
+    for layer in module.layers:
+        layer.self_attn.rope = initialize_rope(
+            architecture.head_dim,
+            settings["rope_theta"],
+            False,
+            settings["rope_scaling"],
+            architecture.max_positions,
+        )
+
+
+def _quantize(module: nn.Module) -> None:
+    left: list[str] = []
+
+    def fits(path: str, leaf: nn.Module) -> bool:
+        if not hasattr(leaf, "to_quantized"):
+            return False
+        if leaf.weight.shape[-1] % GROUP_SIZE:
+            left.append(path)
+            return False
+        return True
+
+    nn.quantize(module, group_size=GROUP_SIZE, bits=4, class_predicate=fits)
+    if left:
+        logger.warning(
+            "model.bits 4: %d modules stay in 16 bits, their input width is not a multiple of %d: %s",
+            len(left),
+            GROUP_SIZE,
+            ", ".join(left[:4]) + (" …" if len(left) > 4 else ""),
+        )
+
+
+def _materialise(module: nn.Module, name: str) -> None:
+    """Reads, casts and quantises layer by layer, so that the 16-bit model never exists whole in memory."""
+    try:
+        for layer in module.layers:
+            mx.eval(layer.parameters())
+        mx.eval(module.parameters())
+    except RuntimeError as error:
+        with translate_out_of_memory(f"loading {name}"):
+            raise
+        raise _damaged(name, error) from error
+
+
+def _count_parameters(module: nn.Module) -> int:
+    from mlx_lm.utils import get_total_parameters
+
+    return int(get_total_parameters(module))
+
+
+class KeyedDropout(nn.Module):
+    """Dropout whose mask is a function of a key, so that a recomputation draws the same one."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._keep = 1.0 - p
+        self._key: mx.array | None = None
+
+    def use(self, key: mx.array | None) -> None:
+        """The key of the next forward pass; None for no dropout."""
+        self._key = key
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._key is None:
+            return x
+        mask = mx.random.bernoulli(self._keep, x.shape, key=self._key)
+        return mx.where(mask, x * (1.0 / self._keep), 0.0).astype(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """An adapted module: where its two matrices go."""
+
+    name: str
+    index: int
+    layer: int
+    linear: Any
+    """mlx-lm's LoRALinear."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return f"{self.name}.{LORA_A}", f"{self.name}.{LORA_B}"
+
+    def place(self, parameters: Arrays, keys: mx.array | None) -> None:
+        a, b = self.names
+        self.linear.lora_a, self.linear.lora_b = parameters[a].T, parameters[b].T
+        self.linear.dropout.use(None if keys is None else keys[self.index])
+
+
+def attach_adapter(module: nn.Module, adapter: Adapter) -> list[_Slot]:
+    """Replaces each module of `adapter` with mlx-lm's LoRALinear around it.
+
+    Raises:
+        UserError: an adapter that was made for another model.
+    """
+    slots = [
+        _attach(module, adapter, name, index=index) for index, name in enumerate(adapter.modules)
+    ]
+    names = {name for slot in slots for name in slot.names}
+    assert names == set(adapter.tensors), "an adapter tensor has no place in the model"
+    return slots
+
+
+def _attach(module: nn.Module, adapter: Adapter, name: str, *, index: int) -> _Slot:
+    from mlx_lm.tuner.lora import LoRALinear
+
+    layer, parent_name, leaf = name.split(".")[2:]
+    parent = module.layers[int(layer)][parent_name] if int(layer) < len(module.layers) else {}
+    base = parent.get(leaf)
+    if not isinstance(base, nn.Linear | nn.QuantizedLinear):
+        raise _unfit(f"it has no linear module {name}")
+    linear = LoRALinear.from_base(base, r=adapter.rank, scale=adapter.scale)
+    for key, array in ((LORA_A, linear.lora_a), (LORA_B, linear.lora_b)):
+        found, expected = adapter.tensors[f"{name}.{key}"].shape, array.shape[::-1]
+        if found != expected:
+            raise _unfit(f"{name}.{key} is {found} instead of {expected}")
+    linear.dropout = KeyedDropout(adapter.dropout)
+    parent[leaf] = linear
+    return _Slot(name, index, int(layer), linear)
+
+
+def _unfit(why: str) -> UserError:
+    return UserError(
+        f"the adapter does not fit this model: {why}",
+        hint="use the base model that the adapter was made for",
+    )
+
+
+class Network:
+    """Base and adapter as a function of the adapter's parameters.
+
+    `parameters` are float32 in the neutral orientation: `<module>.lora_A` (rank, in), `<module>.lora_B` (out, rank).
+    Every call puts them into the modules first, so nothing depends on what an earlier call, or a trace, left there.
+    """
+
+    def __init__(self, base: Base, adapter: Adapter, *, checkpoint: bool) -> None:
+        self._base = base
+        self._slots = attach_adapter(base.module, adapter)
+        self._by_layer: list[list[_Slot]] = [[] for _ in base.module.layers]
+        for slot in self._slots:
+            self._by_layer[slot.layer].append(slot)
+        self.end_tokens = base.end_tokens
+        self._dropout = adapter.dropout > 0.0
+        self._checkpoint = checkpoint
+
+    def dropout_keys(self, key: mx.array) -> mx.array | None:
+        """A key per adapted module, uint32 [modules, 2]."""
+        return mx.random.split(key, len(self._slots)) if self._dropout else None
+
+    def hidden_states(
+        self,
+        parameters: Arrays,
+        tokens: mx.array,
+        *,
+        keys: mx.array | None = None,
+        cache: Sequence[Any] | None = None,
+        training: bool = False,
+    ) -> mx.array:
+        """Hidden states [B, T, D] after the final norm.
+
+        Args:
+            tokens: int32 [B, T]; padding on the right needs no mask, since attention is causal.
+            keys: from `dropout_keys`; None for no dropout.
+            cache: one key-value cache per layer, when generating.
+            training: recompute the layers in the backward pass if the network was made so.
+        """
+        from mlx_lm.models.base import create_attention_mask
+
+        model = self._base.module.model
+        hidden = model.embed_tokens(tokens)
+        caches = cache or [None] * len(model.layers)
+        mask = create_attention_mask(hidden, caches[0], window_size=self._base.window)
+        for layer, slots, layer_cache in zip(model.layers, self._by_layer, caches, strict=True):
+            own = {name: parameters[name] for slot in slots for name in slot.names}
+
+            def run(
+                own: Arrays, hidden: mx.array, layer=layer, slots=slots, layer_cache=layer_cache
+            ) -> mx.array:
+                for slot in slots:
+                    slot.place(own, keys)
+                return layer(hidden, mask, cache=layer_cache)
+
+            # Below the first adapter nothing is kept for the backward pass anyway.
+            recompute = training and self._checkpoint and slots
+            hidden = (mx.checkpoint(run) if recompute else run)(own, hidden)
+        return model.norm(hidden)
+
+    def project(self, hidden: mx.array) -> mx.array:
+        """Logits [..., V] of hidden states [..., D], in the compute type."""
+        module = self._base.module
+        if self._base.tied:
+            return module.model.embed_tokens.as_linear(hidden)
+        return module.lm_head(hidden)
+
+    def make_cache(self) -> list[Any]:
+        """An empty key-value cache per layer."""
+        from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+        window = self._base.window
+        layers = self._base.module.layers
+        return [RotatingKVCache(max_size=window) if window else KVCache() for _ in layers]

@@ -1,0 +1,219 @@
+"""The commands. Each is one short function that imports what it needs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+# flag, setting, type, help
+_FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
+    ("--backend", "backend", str, "mlx, cuda (PyTorch, on a CPU too) or auto"),
+    ("--device", "device", str, "auto, gpu or cpu"),
+    ("--model", "model.path", str, "hub id, local folder, or auto"),
+    ("--bits", "model.bits", int, "4 or 16: precision of the frozen base"),
+    ("--data", "data.path", str, "file, folder with train/valid/test, or hub id"),
+    ("--max-tokens", "data.max_tokens", int, "longer rows are cut off"),
+    ("--rank", "lora.rank", int, "rank of the adapter"),
+    ("--alpha", "lora.alpha", float, "scale of the adapter: alpha / rank"),
+    ("--dropout", "lora.dropout", float, "dropout on the adapter's input"),
+    ("--lr", "optim.lr", float, "peak learning rate"),
+    ("--epochs", "train.epochs", float, "passes over the training rows"),
+    ("--max-steps", "train.max_steps", int, "stop after so many optimiser steps"),
+    ("--batch-size", "train.batch_size", int, "rows in a micro-batch"),
+    ("--accumulation", "train.accumulation", int, "micro-batches in an optimiser step"),
+    ("--eval-every", "eval.every", int, "optimiser steps between evaluations"),
+    ("--patience", "guard.patience", int, "evaluations without improvement before stopping"),
+    ("--seed", "train.seed", int, "decides split, order, initial adapter, dropout"),
+    ("--output", "output", str, "run folder (default: a new one under runs/)"),
+)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Fine-tunes a model, or continues a run with --resume."""
+    from core.errors import UserError
+    from core.run import existing_run
+    from core.screen import make_console
+
+    if args.resume is None:
+        settings = _settings(args)  # first: a misspelt preset should not wait for the imports
+        from core.workflow import train
+
+        return train(settings, console=make_console())
+    if given := _given(args):
+        raise UserError(
+            f"--resume continues with the run's own settings; {', '.join(given)} would change them",
+            hint="leave them out, or start a new run without --resume",
+        )
+    folder = existing_run(args.resume or None)
+    from core.workflow import resume
+
+    return resume(folder, console=make_console())
+
+
+def monitor(args: argparse.Namespace) -> int:
+    """Watches a run: losses, gap, speed, time left."""
+    from core import monitor
+    from core.run import existing_run
+    from core.screen import make_console
+
+    folder = existing_run(args.run)
+    if args.json:
+        return _print_json(monitor.to_json(monitor.snapshot(folder)))
+    console = make_console()
+    if not args.once:
+        return monitor.watch(folder, refresh=args.refresh, console=console)
+    console.print(monitor.render(monitor.snapshot(folder), width=console.width))
+    return 0
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Answers a prompt with a run's adapter, beside the base model's answer."""
+    from core.run import existing_run
+    from core.screen import make_console
+
+    folder = existing_run(args.run)
+    from core.workflow import answer
+
+    return answer(folder, args.prompt, max_tokens=args.max_tokens, console=make_console())
+
+
+def config_show(args: argparse.Namespace) -> int:
+    """Prints the resolved configuration and where each value came from."""
+    from core.settings import show
+
+    print(show(_settings(args)))
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Says what this machine can train, what is missing, and how to get it."""
+    import backends
+    from core import doctor
+    from core.models import hub_reachable
+    from core.screen import make_console
+
+    reports = [backends.get(name).probe() for name in backends.names()]
+    diagnosis = doctor.diagnose(reports, hub=hub_reachable())
+    if args.json:
+        _print_json(doctor.to_json(diagnosis))
+    else:
+        make_console().print(doctor.render(diagnosis))
+    return doctor.exit_code(diagnosis)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="python cli.py",
+        description="LoRA fine-tuning on MLX and PyTorch, with an honest answer to: learning or memorising?",
+        epilog="Start with: python cli.py train --preset quickstart",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    command = commands.add_parser("train", help="fine-tune a model, or --resume a run")
+    _add_settings(command)
+    command.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: the newest)")
+    command.set_defaults(run_command=train)
+    _add_monitor(commands)
+    _add_generate(commands)
+    config = commands.add_parser("config", help="look at settings").add_subparsers(metavar="show", required=True)
+    command = config.add_parser("show", help="print the resolved settings and their sources")
+    _add_settings(command)
+    command.set_defaults(run_command=config_show)
+    command = commands.add_parser("doctor", help="what this machine can train, and what is missing")
+    command.add_argument("--json", action="store_true", help="for scripts")
+    command.set_defaults(run_command=doctor)
+    return parser
+
+
+def _add_monitor(commands: Any) -> None:
+    command = commands.add_parser("monitor", help="watch a run from another terminal")
+    command.add_argument("run", nargs="?", help="run folder (default: the newest)")
+    command.add_argument("--refresh", type=_positive, default=5.0, metavar="SECONDS", help="default: 5")
+    command.add_argument("--once", action="store_true", help="print once and end")
+    command.add_argument("--json", action="store_true", help="print once, for scripts")
+    command.set_defaults(run_command=monitor)
+
+
+def _add_generate(commands: Any) -> None:
+    command = commands.add_parser("generate", help="answer a prompt with and without the adapter")
+    command.add_argument("run", nargs="?", help="run folder (default: the newest)")
+    command.add_argument("--prompt", required=True, help="what to answer")
+    command.add_argument("--max-tokens", type=int, default=128, help="default: 128")
+    command.set_defaults(run_command=generate)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", action="append", default=[], help="a set-up from presets/; later ones override")
+    command.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with settings")
+    command.add_argument(
+        "--set", action="append", default=[], dest="assignments", metavar="SECTION.FIELD=VALUE", help="any setting"
+    )
+    for flag, name, kind, text in _FLAGS:
+        command.add_argument(flag, type=kind, default=None, dest=name, help=text)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 86400:
+        raise argparse.ArgumentTypeError("must be between 0.1 and 86400 seconds")
+    return value
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    from core.settings import resolve
+
+    values = vars(args)
+    flags = {name: (flag, values[name]) for flag, name, _, _ in _FLAGS if values[name] is not None}
+    return resolve(
+        presets=args.preset, files=[Path(path) for path in args.config], assignments=args.assignments, flags=flags
+    )
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """Flags with settings that were typed."""
+    values = vars(args)
+    given = [flag for flag, name, _, _ in _FLAGS if values[name] is not None]
+    return given + [
+        flag for flag, name in (("--preset", "preset"), ("--config", "config"), ("--set", "assignments")) if values[name]
+    ]
+
+
+def _print_json(value: object) -> int:
+    import json
+
+    print(json.dumps(value, indent=1, allow_nan=False))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit code 2 and two lines for a user's mistake; a traceback only for a bug of ours."""
+    args = build_parser().parse_args(argv)
+    from core.errors import UserError
+
+    try:
+        return int(args.run_command(args))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # the reader of a pipe went away, as `head` does; keep Python from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The boundary between the core, which owns the run, and a backend, which owns the step.
+
+Everything that crosses is NumPy, a plain number, or a device scalar that `float()` reads. The core never imports a
+tensor library; a backend never writes a file, chooses a row, a learning rate or a moment to stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, SupportsFloat
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from core.adapter import Adapter
+    from core.config import RunConfig
+    from core.models import ResolvedModel
+
+IGNORE = -100
+"""Target id of a position without a loss (torch's `ignore_index`)."""
+
+FILLER_ROW = -1
+"""Row id of a row that only fills up a batch; it has no targets."""
+
+IntArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float64]
+Tensors = Mapping[str, npt.NDArray[np.generic]]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of similar length, right-padded to one width, ready for a causal language model.
+
+    `targets[b, t]` is the token that follows `inputs[b, t]`, or `IGNORE`.
+    """
+
+    row_ids: IntArray
+    """int64 [B]: index of the row in its split; `FILLER_ROW` for a filler."""
+    inputs: TokenArray
+    """int32 [B, T]"""
+    targets: TokenArray
+    """int32 [B, T]: already shifted; `IGNORE` where there is no loss."""
+
+    @property
+    def num_targets(self) -> int:
+        return int(np.count_nonzero(self.targets != IGNORE))
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are computed, padding included: B x T."""
+        return int(self.inputs.size)
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What an optimiser step reports. Both scalars live on the device: `float()` synchronises, so only log time reads."""
+
+    loss: SupportsFloat
+    """Pure cross-entropy in nats (no label smoothing, no auxiliary loss), summed and divided by `num_targets`."""
+    grad_norm: SupportsFloat
+    """Global L2 norm before clipping."""
+    num_targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowLosses:
+    """An evaluation, row by row: the mean, the interval and the worst rows all come from it."""
+
+    row_ids: IntArray
+    """int64 [N]"""
+    nll: FloatArray
+    """float64 [N]: negative log-likelihood in nats, summed over the row's target tokens."""
+    num_targets: IntArray
+    """int64 [N]"""
+
+    @property
+    def mean(self) -> float:
+        """Sum of losses over sum of target tokens, in nats per token."""
+        return float(self.nll.sum() / self.num_targets.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """Everything a backend needs to continue: under neutral names, in NumPy.
+
+    `adapter` has the names and shapes of `core.adapter.Adapter.tensors`. `optimizer` has `<slot>/<adapter tensor name>`,
+    with torch's slot names: `exp_avg` and `exp_avg_sq` (AdamW), `exp_avg` (Lion), `momentum` (SGD), `row_var`,
+    `col_var` or `exp_avg_sq` (Adafactor). 8-bit AdamW keeps its quantised form: `state1`, `absmax1`, `qmap1` and so on.
+    """
+
+    adapter: Tensors
+    optimizer: Tensors
+    optimizer_steps: int = 0
+    """Updates the optimiser has applied: what Adam's bias correction counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """Bytes on the device (on a CPU: of this process)."""
+
+    current_bytes: int
+    peak_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What a backend finds on this machine. Made by `Backend.probe`, which never raises."""
+
+    backend: str
+    available: bool
+    """Whether this backend can train here."""
+    device: str
+    """For people: `Apple M3 Max`, `NVIDIA H200`, `CPU (2 cores)`."""
+    accelerator: bool
+    """False on a CPU."""
+    memory_bytes: int
+    """Total memory of the device; 0 when unknown."""
+    problem: str = ""
+    """Why it is not available, and what to do, in a line."""
+    notes: tuple[str, ...] = ()
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Installed versions of the packages that this backend imports; missing ones are left out."""
+
+
+class Learner(Protocol):
+    """A model with an adapter and an optimiser, on a device."""
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    @property
+    def num_trainable(self) -> int: ...
+
+    @property
+    def description(self) -> str:
+        """What was loaded, for a person: `16-bit, float32 compute, CPU (2 cores)`."""
+        ...
+
+    def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
+        """One optimiser step over all `microbatches`; `step` counts from 1. Raises `OutOfMemoryError`."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
+        """Loss of every row, without dropout, at the present weights; rows in the batches' order."""
+        ...
+
+    def export_state(self) -> TrainState: ...
+
+    def import_state(self, state: TrainState) -> None: ...
+
+    def memory(self) -> MemoryStats: ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A way to compute. `backends.get(name)` returns one; importing it must not import its tensor library."""
+
+    name: str
+
+    def probe(self, device: str = "auto") -> DeviceReport: ...
+
+    def check(self, config: RunConfig) -> Sequence[str]:
+        """Warnings for settings that have no effect here. Raises `UserError` for those that can't work."""
+        ...
+
+    def open(self, config: RunConfig, model: ResolvedModel, initial: Adapter) -> Learner:
+        """Loads the frozen base and puts `initial` on it. Raises `UserError`."""
+        ...

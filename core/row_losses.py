@@ -1,0 +1,54 @@
+"""The loss of every row at every evaluation: `row_losses/step<S>.safetensors`.
+
+Which rows were memorised, which got worse while the mean fell: both are read from these. Per split (`val`, `probe`):
+`<split>.row_ids` int64 [N], `<split>.nll` float64 [N] in nats, summed over the row's targets, `<split>.num_targets`
+int64 [N].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from core.files import disk_errors, write_atomic
+from core.protocols import FloatArray, IntArray, RowLosses
+from core.run import ROW_LOSSES
+
+_SPLITS = ("val", "probe")
+
+
+def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses, probe: RowLosses) -> None:
+    """Writes one evaluation; the same evaluation again gives the same bytes."""
+    from safetensors.numpy import save
+
+    folder = run_folder / ROW_LOSSES
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    tensors: dict[str, IntArray | FloatArray] = {}
+    for split, losses in zip(_SPLITS, (validation, probe), strict=True):
+        tensors[f"{split}.row_ids"] = losses.row_ids
+        tensors[f"{split}.nll"] = losses.nll
+        tensors[f"{split}.num_targets"] = losses.num_targets
+    write_atomic(_path(run_folder, step), save(tensors))
+
+
+def read_row_losses(run_folder: Path, step: int) -> tuple[RowLosses, RowLosses] | None:
+    """Validation and probe losses at `step`, or None when there was no evaluation."""
+    from safetensors.numpy import load_file
+
+    path = _path(run_folder, step)
+    if not path.is_file():
+        return None
+    tensors = load_file(path)
+    validation, probe = (
+        RowLosses(
+            row_ids=tensors[f"{split}.row_ids"],
+            nll=tensors[f"{split}.nll"],
+            num_targets=tensors[f"{split}.num_targets"],
+        )
+        for split in _SPLITS
+    )
+    return validation, probe
+
+
+def _path(run_folder: Path, step: int) -> Path:
+    return run_folder / ROW_LOSSES / f"step{step}.safetensors"

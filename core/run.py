@@ -1,0 +1,154 @@
+"""The run folder: its name, its lock, its state file, and how to find the newest one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.files import disk_errors, read_json, to_json, write_atomic
+
+RUNS = Path("runs")
+CONFIG = "config.yaml"
+STATE = "training_state.json"
+SUMMARY = "training_summary.json"
+LOG = "training.log"
+CURVES = "training_curves.png"
+ADAPTERS = "adapters"
+ROW_LOSSES = "row_losses"
+LOCK = ".lock"
+
+ENDED = ("finished", "early_stopped", "interrupted", "failed")
+"""Values of `status` for a run that no process is training."""
+COMPLETE = ("finished", "early_stopped")
+
+
+def new_run_folder(output: str | None, *, data_name: str) -> Path:
+    """The folder of a new run: `output`, or `runs/<data>-<MMDD>-<HHMM>` with a number when that exists.
+
+    Raises:
+        UserError: `output` exists and is not an empty folder.
+    """
+    if output is not None:
+        path = Path(output)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"{path}: already exists",
+                hint=f"choose another --output, or continue it with: python cli.py train --resume {path}",
+            )
+        return path
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", data_name.split(".")[0]).strip("-") or "run"
+    base = RUNS / f"{stem}-{datetime.now():%m%d-%H%M}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The run that was started last.
+
+    Raises:
+        UserError: there is none.
+    """
+    states = sorted(root.glob(f"*/{STATE}"), key=_started)
+    if not states:
+        raise UserError(f"{root}: no runs yet", hint="start one with: python cli.py train --preset quickstart")
+    return states[-1].parent
+
+
+def _started(state_file: Path) -> tuple[float, float]:
+    state = read_json(state_file)
+    started = state.get("started") if isinstance(state, dict) else None
+    return (float(started) if isinstance(started, int | float) else 0.0, state_file.stat().st_mtime)
+
+
+def existing_run(path: str | None) -> Path:
+    """The run folder that a command means: the one named, or the newest.
+
+    Raises:
+        UserError: the folder is not a run.
+    """
+    if path is None:
+        return newest_run()
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: not a run folder (no {CONFIG})", hint="see the runs with: ls runs")
+    return folder
+
+
+class RunLock:
+    """Keeps a second process out of a run folder; the system releases it when the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LOCK
+        with disk_errors(path):
+            self._file = open(path, "a")  # noqa: SIM115 (held for the life of the run)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(
+                f"{folder}: another process is training here",
+                hint=f"watch it with: python cli.py monitor {folder}",
+            ) from None
+
+    def release(self) -> None:
+        self._file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process on this machine is training in the folder."""
+    try:
+        file = open(folder / LOCK)  # noqa: SIM115
+    except OSError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+class RunState:
+    """`training_state.json`: where the run stands, for `monitor` and `--resume`. Replaced whole at each update."""
+
+    def __init__(self, folder: Path, initial: Mapping[str, Any]) -> None:
+        self._path = folder / STATE
+        self._values: dict[str, Any] = {
+            "format": 1,
+            "status": "starting",
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": time.time(),
+            "error": None,
+            **initial,
+        }
+
+    def update(self, **values: Any) -> None:
+        self._values |= values
+        self._values["updated"] = time.time()
+        write_atomic(self._path, to_json(self._values))
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values.get(name)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state file's content; empty when it is missing or damaged."""
+    state = read_json(folder / STATE)
+    return state if isinstance(state, dict) else {}
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Writes `training_summary.json`, the verdict."""
+    write_atomic(folder / SUMMARY, json.dumps(summary, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,187 @@
+"""What `train` shows: a progress bar on a terminal, plain lines elsewhere, and the same lines in `training.log`.
+
+Everything worth keeping goes through the `twinkeel` logger, so the file and a pipe hold all that the terminal held.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from core.overfitting import Gap
+
+LOGGER = logging.getLogger("twinkeel")
+GRADE_STYLES = {"EXCELLENT": "green", "GOOD": "green", "MODERATE": "yellow", "CRITICAL": "red"}
+
+
+def duration(seconds: float) -> str:
+    """`0:42`, `12:03` or `1:12:08`."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def count(number: float) -> str:
+    """`980`, `12.3 k`, `3.1 M`, `7.2 B`."""
+    for bound, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if number >= bound:
+            return f"{number / (1e3 if unit == 'k' else bound):.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def record_line(record: Mapping[str, Any], *, total_steps: int) -> str:
+    """One line for a journal record."""
+    parts = [f"step {record['step']}/{total_steps}", f"epoch {record['epoch']:.2f}"]
+    if record["loss"] is not None:
+        parts += [
+            f"loss {record['loss']:.3f}",
+            f"lr {record['lr']:.2e}",
+            f"grad norm {record['grad_norm']:.2f}",
+        ]
+    if record["tokens_per_second"]:
+        parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
+    parts.append(f"{record['memory_gb']:.1f} GB")
+    return "  ".join(parts)
+
+
+def evaluation_line(gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> str:
+    """One line for an evaluation."""
+    name = "base model" if step == 0 else f"step {step}"
+    mark = "  best so far" if is_best else ""
+    if step and not is_best and patience_left is not None:
+        mark = f"  no improvement, patience {patience_left} left"
+    return (
+        f"{name}: validation {gap.val_loss:.3f}  probe {gap.probe_loss:.3f}  "
+        f"gap {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]  {gap.grade}{mark}"
+    )
+
+
+class _Numbers(ProgressColumn):
+    """The newest numbers, as many as the width allows."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        room = self._console.width - 52
+        text = Text()
+        for name, style in (("loss", ""), ("val", ""), ("gap", ""), ("grade", ""), ("speed", "dim"), ("memory", "dim")):
+            value = task.fields.get(name)
+            if value and len(text) + len(value) + 2 <= room:
+                grade_style = GRADE_STYLES.get(value, style)
+                text.append(value, grade_style).append("  ")
+        return text
+
+
+class TrainScreen:
+    """The screen of one run; use as a context."""
+
+    def __init__(self, *, total_steps: int, console: Console | None = None) -> None:
+        self._total_steps = total_steps
+        self._console = console or Console(stderr=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._fields: dict[str, str] = {}
+
+    @contextmanager
+    def live(self, *, first_step: int = 0) -> Iterator[TrainScreen]:
+        """Shows the bar on a terminal; log lines go above it."""
+        if not self._console.is_terminal:
+            yield self
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=14),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(compact=True),
+            _Numbers(self._console),
+        )
+        with Progress(*columns, console=self._console, transient=True, refresh_per_second=4) as bar:
+            self._bar = bar
+            self._task = bar.add_task("training", total=self._total_steps, completed=first_step)
+            try:
+                yield self
+            finally:
+                self._bar = None
+
+    def show_step(self, *, step: int, epoch: float) -> None:
+        self._update(completed=step)
+
+    def show_phase(self, phase: str) -> None:
+        self._update(description=f"{phase:<10}")
+
+    def show_record(self, record: Mapping[str, Any]) -> None:
+        LOGGER.info(record_line(record, total_steps=self._total_steps))
+        if record["loss"] is not None:
+            self._fields["loss"] = f"loss {record['loss']:.3f}"
+        if record["tokens_per_second"]:
+            self._fields["speed"] = f"{record['tokens_per_second']:,.0f} tok/s"
+        self._fields["memory"] = f"{record['memory_gb']:.1f} GB"
+        self._update(**self._fields)
+
+    def show_evaluation(self, gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> None:
+        LOGGER.info(evaluation_line(gap, step=step, is_best=is_best, patience_left=patience_left))
+        self._fields |= {
+            "val": f"val {gap.val_loss:.3f}",
+            "gap": f"gap {gap.value:.3f}",
+            "grade": gap.grade,
+        }
+        self._update(**self._fields)
+
+    def _update(self, **values: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, **values)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log lines on the terminal, above the bar; warnings stand out by a word and a colour."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = Text(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            line = Text("warning: ", "yellow").append(line)
+        self._console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def logging_to(console: Console) -> Iterator[None]:
+    """Sends the product's log lines to the terminal while the context lasts."""
+    handler = _ConsoleHandler(console)
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+
+
+@contextmanager
+def logging_to_file(path: Path) -> Iterator[None]:
+    """Appends the same lines, with their time, to `training.log`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+def make_console() -> Console:
+    """The console of a command; wide enough for whole lines when the output is a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -1,0 +1,44 @@
+"""SIGINT and SIGTERM set a flag; the loop ends at the next step boundary, with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from types import FrameType, TracebackType
+
+_log = logging.getLogger("twinkeel")
+
+
+class InterruptFlag:
+    """While entered, the first signal asks for a clean end and the second raises `KeyboardInterrupt`."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    def __enter__(self) -> InterruptFlag:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's convention: 128 + the signal's number."""
+        return 0 if self.signal is None else 128 + self.signal.value

@@ -1,0 +1,110 @@
+"""The end of a run: `training_summary.json` and what it says in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from core.config import GuardConfig, RunConfig
+from core.overfitting import Gap, advice, relative_warning
+from core.run import ADAPTERS
+from core.screen import count, duration
+from core.trainer import Trainer
+
+
+def summarize(
+    trainer: Trainer,
+    *,
+    config: RunConfig,
+    model: str,
+    status: str,
+    num_train_rows: int,
+    num_val_rows: int,
+    error: str | None = None,
+) -> dict[str, Any]:
+    """The content of `training_summary.json`.
+
+    Losses and gap are those of the best adapter, the one in `adapters/`, in nats per target token; memory in GB (10^9
+    bytes); `num_target_tokens` counts every target that was trained on, once per pass.
+    """
+    progress, gap = trainer.progress, trainer.progress.best_gap
+    best_step = trainer.stopping.best_step or None
+    seconds = progress.train_seconds
+    return {
+        "backend": config.backend,
+        "model": model,
+        "status": status,
+        "error": error,
+        "steps": progress.step,
+        "total_steps": trainer.plan.total_steps,
+        "epochs": round(progress.step / trainer.plan.steps_per_epoch, 4),
+        "base_val_loss": progress.base_val_loss,
+        "best_val_loss": gap.val_loss if gap else None,
+        "best_step": best_step,
+        "best_epoch": trainer.plan.epoch_of(best_step) if best_step else None,
+        "probe_loss": gap.probe_loss if gap else None,
+        "gap": gap.value if gap else None,
+        "gap_low": gap.low if gap else None,
+        "gap_high": gap.high if gap else None,
+        "grade": gap.grade if gap else None,
+        "final_val_loss": progress.last_gap.val_loss if progress.last_gap else None,
+        "final_gap": progress.last_gap.value if progress.last_gap else None,
+        "num_train_rows": num_train_rows,
+        "num_val_rows": num_val_rows,
+        "num_target_tokens": progress.num_target_tokens,
+        "tokens_per_second": progress.num_tokens / seconds if seconds else None,
+        "peak_memory_gb": progress.peak_memory_bytes / 1e9,
+        "wall_seconds": progress.elapsed_seconds,
+    }
+
+
+def verdict_lines(
+    summary: Mapping[str, Any], *, gap: Gap | None, guard: GuardConfig, folder: Path, next_command: str
+) -> list[str]:
+    """The verdict for a person: the answer first, then the numbers, then where the files are and what to type."""
+    if gap is None:
+        return [
+            "Stopped before the first evaluation of a trained adapter.",
+            f"  continue  python cli.py train --resume {folder}",
+        ]
+    lines = [_headline(summary, gap, guard)]
+    if (warning := relative_warning(gap, guard)) is not None:
+        lines.append(f"  note              {warning}")
+    lines += [
+        f"  validation loss   {summary['base_val_loss']:.3f} → {gap.val_loss:.3f}   ({_best(summary)})",
+        f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}",
+        f"  {_size(summary)}",
+        "",
+        f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
+    ]
+    if summary["status"] == "interrupted":
+        return [*lines, f"  continue  python cli.py train --resume {folder}"]
+    return [*lines, f"  next      {next_command}"]
+
+
+def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:
+    if gap.val_loss >= summary["base_val_loss"]:
+        return (
+            f"No better than the base model: validation loss {summary['base_val_loss']:.3f} → "
+            f"{gap.val_loss:.3f}. Don't use this adapter; try a lower rate or other data."
+        )
+    return advice(gap, guard)
+
+
+def _best(summary: Mapping[str, Any]) -> str:
+    text = f"best at epoch {summary['best_epoch']}, step {summary['best_step']}"
+    if summary["status"] == "early_stopped":
+        return f"{text}; stopped early at {summary['steps']}"
+    if summary["status"] == "interrupted":
+        return f"{text}; interrupted at {summary['steps']} of {summary['total_steps']}"
+    return text
+
+
+def _size(summary: Mapping[str, Any]) -> str:
+    rows = summary["num_train_rows"], summary["num_val_rows"]
+    return (
+        f"{sum(rows)} rows ({rows[0]} + {rows[1]}), {count(summary['num_target_tokens'])} target tokens, "
+        f"{duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tok/s, "
+        f"{summary['peak_memory_gb']:.1f} GB"
+    )
