@@ -130,7 +130,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     if span <= 0:
         return [low]
     power = 10.0 ** math.floor(math.log10(span))
-    size = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span * 0.999)
+    size = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span * 0.75)
     first = math.ceil(low / size - 1e-9)
     return [number * size for number in range(first, math.floor(high / size + 1e-9) + 1)]
 

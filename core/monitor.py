@@ -13,7 +13,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ from core.config import GuardConfig
 from core.errors import UserError
 from core.files import read_json
 from core.journal import JOURNAL
-from core.overfitting import GRADES, Gap, advice, relative_warning
-from core.run import CONFIG, ENDED, STATE, SUMMARY, is_locked, read_state
+from core.overfitting import advice, relative_warning
+from core.records import Pace, Record, clean, gap_of, number, whole
+from core.run import COMPLETE, CONFIG, ENDED, STATE, SUMMARY, is_locked, read_state
 from core.settings import load_config
 
 if TYPE_CHECKING:
@@ -34,12 +35,9 @@ if TYPE_CHECKING:
 SILENT_SECONDS = 120.0
 """Without a sign of life for so long, a run on another machine may be dead; a living one reports every second."""
 RECENT_EVALUATIONS = 16
-_RECENT_PACES = 32
 _FINGERPRINT_BYTES = 256
 _RESIZE_SECONDS = 0.25
-_DECODER = json.JSONDecoder(parse_constant=lambda _: None)
-
-Record = Mapping[str, Any]
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +79,11 @@ class Snapshot:
 
     @property
     def step(self) -> int:
-        return _whole(self.state.get("step")) or _whole(self.newest.get("step")) or 0
+        return whole(self.state.get("step")) or whole(self.newest.get("step")) or 0
 
     @property
     def total_steps(self) -> int | None:
-        return _whole(self.state.get("total_steps"))
+        return whole(self.state.get("total_steps"))
 
     @property
     def evaluation(self) -> Record:
@@ -94,7 +92,7 @@ class Snapshot:
 
     @property
     def next_eval_step(self) -> int | None:
-        every, total = _whole(self.state.get("eval_every")), self.total_steps
+        every, total = whole(self.state.get("eval_every")), self.total_steps
         if self.has_ended or not every or not total or self.step >= total:
             return None
         return min((self.step // every + 1) * every, total)
@@ -204,40 +202,6 @@ def _lines(reader: RunReader, refresh: float, console: Console) -> Iterator[Snap
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Pace:
-    """How long a step and an evaluation take, from the time between records."""
-
-    recent: deque[tuple[float, int, bool]] = field(default_factory=lambda: deque(maxlen=_RECENT_PACES))
-    """Seconds, steps and whether there was an evaluation, between a record and the one before."""
-    last: tuple[float, int] | None = None
-    first_evaluation: float | None = None
-    """Seconds of the base model's evaluation."""
-
-    def add(self, record: Record) -> None:
-        at, step = number(record.get("time")), _whole(record.get("step"))
-        if at is None or step is None:
-            return
-        evaluates = "val_loss" in record
-        if self.last and step > self.last[1] and at > self.last[0]:
-            self.recent.append((at - self.last[0], step - self.last[1], evaluates))
-        elif step == 0 and evaluates:
-            self.first_evaluation = at
-        self.last = (at, step)
-
-    def seconds_for(self, steps: int, evaluations: int) -> float | None:
-        """Expected seconds of that much work, at the recent speed; None before there is one."""
-        plain = [(seconds, count) for seconds, count, evaluates in self.recent if not evaluates]
-        if not plain:  # every record has an evaluation in it: its time is in the step's
-            seconds = sum(pace[0] for pace in self.recent)
-            count = sum(pace[1] for pace in self.recent)
-            return seconds / count * steps if count else None
-        per_step = sum(seconds for seconds, _ in plain) / sum(count for _, count in plain)
-        measured = [seconds - count * per_step for seconds, count, evaluates in self.recent if evaluates]
-        per_evaluation = sum(measured) / len(measured) if measured else self.first_evaluation or 0.0
-        return per_step * steps + max(per_evaluation, 0.0) * evaluations
-
-
 class RunReader:
     """Follows one run folder; `poll` reads what is new."""
 
@@ -252,7 +216,7 @@ class RunReader:
     def _forget(self) -> None:
         self._offset, self._inode, self._fingerprint = 0, 0, b""
         self._damaged = 0
-        self._pace = _Pace()
+        self._pace = Pace()
         self._newest: Record = {}
         self._evaluations: deque[Record] = deque(maxlen=RECENT_EVALUATIONS)
         self._curves = {name: Curve() for name in ("loss", "val_loss", "probe_loss")}
@@ -265,21 +229,23 @@ class RunReader:
         status = str(state.get("status") or "unknown")
         silent = self._silence(state)
         is_here = state.get("host") == socket.gethostname()
-        if status not in (*ENDED, "unknown"):
+        if is_alive and status in ("interrupted", "failed"):
+            status = "starting"  # being resumed: the state is written after the first step
+        elif status not in (*ENDED, "unknown"):
             if not is_alive and is_here:
                 status = "died"
             elif not is_here and silent > SILENT_SECONDS:
                 status = "silent"
         elapsed = number(state.get("elapsed_seconds"))
-        if elapsed is not None and is_alive and status not in ENDED:
+        if elapsed is not None and is_alive and status == "running":
             elapsed += silent
         return Snapshot(
             folder=self._folder,
             status=status,
             state=state,
             guard=self._guard,
-            newest=_clean(self._newest),
-            evaluations=tuple(map(_clean, self._evaluations)),
+            newest=clean(self._newest),
+            evaluations=tuple(map(clean, self._evaluations)),
             loss=self._curves["loss"].points,
             val=self._curves["val_loss"].points,
             probe=self._curves["probe_loss"].points,
@@ -288,7 +254,7 @@ class RunReader:
             silent_seconds=silent,
             problems=tuple(self._problems(state)),
             warnings=tuple(self._warnings(state)),
-            verdict=self._verdict() if status in ENDED else None,
+            verdict=self._verdict() if status in COMPLETE else None,
         )
 
     def _state(self) -> tuple[dict[str, Any], bool]:
@@ -299,7 +265,7 @@ class RunReader:
         """
         is_alive = is_locked(self._folder)
         state = read_state(self._folder)
-        return _clean(state), is_alive or is_locked(self._folder)
+        return clean(state), is_alive or is_locked(self._folder)
 
     def _silence(self, state: Mapping[str, Any]) -> float:
         """Seconds since the state was written; by this clock alone once a change was seen, for clocks may differ."""
@@ -337,7 +303,7 @@ class RunReader:
             record = _DECODER.decode(line.decode())
         except ValueError:
             record = None
-        step = _whole(record.get("step")) if isinstance(record, dict) else None
+        step = whole(record.get("step")) if isinstance(record, dict) else None
         if step is None or step < self._newest.get("step", 0):
             self._damaged += 1
             return
@@ -363,7 +329,7 @@ class RunReader:
             self._config_problem = f"{CONFIG}: missing or damaged; the grades' bounds are the defaults"
 
     def _eta(self, state: Mapping[str, Any], elapsed: float | None) -> float | None:
-        total, every = _whole(state.get("total_steps")), _whole(state.get("eval_every"))
+        total, every = whole(state.get("total_steps")), whole(state.get("eval_every"))
         if not total or not every or self._pace.last is None:
             return None
         at, step = self._pace.last
@@ -378,7 +344,7 @@ class RunReader:
             return
         if not state:
             yield f"{STATE}: {'damaged' if (self._folder / STATE).exists() else 'not there (yet)'}"
-        if not self._newest:
+        if not self._newest and (state.get("step") or not state):  # at step 0 the first record is still to come
             yield f"{JOURNAL}: {'no record yet' if (self._folder / JOURNAL).exists() else 'not there (yet)'}"
         if self._damaged:
             yield f"{JOURNAL}: {self._damaged:,} damaged line{'s' * (self._damaged > 1)} left out"
@@ -398,32 +364,9 @@ class RunReader:
         summary = read_json(self._folder / SUMMARY)
         if not isinstance(summary, dict):
             return None
-        gap = gap_of({**summary, "val_loss": summary.get("best_val_loss")})
-        return None if gap is None else advice(gap, self._guard)
-
-
-def gap_of(record: Record) -> Gap | None:
-    """The gap of an evaluation's record; None when it is not whole."""
-    val, probe, low, high = (number(record.get(name)) for name in ("val_loss", "probe_loss", "gap_low", "gap_high"))
-    grade = next((known for known in GRADES if known == record.get("grade")), None)
-    if val is None or probe is None or low is None or high is None or grade is None:
-        return None
-    return Gap(val_loss=val, probe_loss=probe, low=low, high=high, grade=grade)
-
-
-def number(value: object) -> float | None:
-    """`value` as a finite float; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def _whole(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _clean(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without NaN and infinity, which JSON can't hold."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
+        gap, base = gap_of({**summary, "val_loss": summary.get("best_val_loss")}), number(summary.get("base_val_loss"))
+        if gap is None:
+            return None
+        if base is not None and gap.val_loss >= base:
+            return f"No better than the base model: validation loss {base:.3f} before, {gap.val_loss:.3f} at best"
+        return advice(gap, self._guard)

@@ -14,8 +14,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from core import chart
-from core.monitor import Record, Snapshot, number
+from core.monitor import Snapshot
 from core.overfitting import GRADES
+from core.records import Record, number
 from core.run import COMPLETE
 
 NARROW = 60
@@ -98,7 +99,8 @@ def _title(snapshot: Snapshot, width: int) -> list[Text]:
     left = Text.assemble(("twinkeel", "bold"), " · ", str(snapshot.folder))
     state = snapshot.state
     rank = state.get("rank")
-    items = [state.get("backend"), _short(state.get("model")), state.get("precision"), rank and f"r{rank}"]
+    precision = str(state.get("precision") or "").split(",")[0]  # of `16-bit, float32 compute, CPU (2 cores)`
+    items = [state.get("backend"), _short(state.get("model")), precision, rank and f"r{rank}"]
     words = [str(item) for item in items if item]
     status = Text(status_word(snapshot), _STATUS_STYLES.get(snapshot.status, ""))
     space = width if width < NARROW else max(width - left.cell_len - 2, width // 2)
@@ -348,7 +350,7 @@ def _ending(snapshot: Snapshot) -> Iterable[tuple[str, str]]:
         step = state.get("last_checkpoint_step")
         yield f"{resume}   ({f'from step {step}' if step else 'no checkpoint yet'})", ""
     elif snapshot.status in COMPLETE:
-        yield f"next: python cli.py evaluate {folder}", ""
+        yield f'next: python cli.py generate {folder} --prompt "…"', ""
 
 
 def evaluation_line(snapshot: Snapshot) -> str:

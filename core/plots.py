@@ -21,6 +21,7 @@ from core.files import write_atomic
 from core.journal import read_records
 from core.overfitting import GRADES
 from core.protocols import FloatArray
+from core.records import number
 from core.run import CONFIG, CURVES, read_state
 from core.settings import load_config
 
@@ -52,7 +53,7 @@ class _Series:
 
     def column(self, name: str) -> FloatArray:
         """float64 [evaluations], NaN where a record has no number."""
-        values = (_number(record.get(name)) for record in self.evaluations)
+        values = (number(record.get(name)) for record in self.evaluations)
         return np.array([math.nan if value is None else value for value in values])
 
 
@@ -91,13 +92,13 @@ def _read(folder: Path) -> _Series:
         step = record.get("step") if isinstance(record, dict) else None
         if not isinstance(step, int):
             continue
-        if (loss := _number(record.get("loss"))) is not None:
+        if (loss := number(record.get("loss"))) is not None:
             series.steps.append(step)
             series.loss.append(loss)
-        if (lr := _number(record.get("lr"))) is not None:
+        if (lr := number(record.get("lr"))) is not None:
             series.lr_steps.append(step)
             series.lr.append(lr)
-        if _number(record.get("val_loss")) is not None:
+        if number(record.get("val_loss")) is not None:
             series.evaluations.append(record)
     return series
 
@@ -107,12 +108,6 @@ def _guard(folder: Path) -> GuardConfig:
         return load_config(folder / CONFIG).guard
     except UserError:
         return GuardConfig()
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
 
 
 def _last_step(series: _Series) -> int:
@@ -257,7 +252,8 @@ def _add_epochs(axes: Axes, steps_per_epoch: object, *, last_step: int) -> None:
 
 def _title(folder: Path, state: dict[str, Any]) -> str:
     rank = state.get("rank")
-    items = [folder.name, state.get("backend"), state.get("model"), state.get("precision"), rank and f"r{rank}"]
+    precision = str(state.get("precision") or "").split(",")[0]
+    items = [folder.name, state.get("backend"), state.get("model"), precision, rank and f"r{rank}"]
     return " · ".join(str(item).rstrip("/").rsplit("/", 1)[-1] for item in items if item)
 
 

@@ -17,6 +17,7 @@ from core.protocols import DeviceReport, Learner
 
 if TYPE_CHECKING:
     import torch
+
     from core.models import ResolvedModel
 
 NEEDED = ("torch", "transformers", "peft")
@@ -65,9 +66,7 @@ class CudaBackend:
             packages=packages,
         )
 
-    def _report(
-        self, packages: dict[str, str], *, problem: str = "", notes: tuple[str, ...] = ()
-    ) -> DeviceReport:
+    def _report(self, packages: dict[str, str], *, problem: str = "", notes: tuple[str, ...] = ()) -> DeviceReport:
         return DeviceReport(
             backend=self.name,
             available=not problem,
@@ -155,16 +154,12 @@ def _type_warnings(config: RunConfig, device: torch.device) -> list[str]:
         return []
     import torch
 
-    if dtype in ("auto", "bfloat16") and (
-        torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY
-    ):
+    if dtype in ("auto", "bfloat16") and (torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY):
         return [f"model.dtype {dtype}: this GPU emulates bfloat16; float16 is faster on it"]
     return []
 
 
-def _open(
-    config: RunConfig, model: ResolvedModel, initial: Adapter, device: torch.device
-) -> Learner:
+def _open(config: RunConfig, model: ResolvedModel, initial: Adapter, device: torch.device) -> Learner:
     from backends.cuda.learner import CudaLearner
     from backends.cuda.model import enable_checkpointing, load_base, put_adapter
 
@@ -197,9 +192,7 @@ def compute_dtype(setting: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def _describe(
-    config: RunConfig, dtype: torch.dtype, device: torch.device, *, checkpointing: bool
-) -> str:
+def _describe(config: RunConfig, dtype: torch.dtype, device: torch.device, *, checkpointing: bool) -> str:
     weights = "NF4 4-bit" if config.model.bits == 4 else f"{8 * dtype.itemsize}-bit"
     parts = [f"{weights} weights", f"{str(dtype).removeprefix('torch.')} compute"]
     if checkpointing:

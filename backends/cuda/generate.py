@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from backends.cuda.memory import within_memory
+from core.seeding import generator
 
 if TYPE_CHECKING:
     from backends.cuda.learner import CudaLearner
@@ -33,7 +36,7 @@ def generate(
         temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
         top_p: draw from the fewest tokens that hold this probability (Holtzman et al., arXiv:1904.09751); 1: all.
         top_k: draw from the k most likely tokens; 0: all.
-        seed: of the drawing; the same seed gives the same text.
+        seed: of the drawing, which both backends do alike: the same seed gives the same text.
 
     Returns:
         The new token ids, without the end token.
@@ -43,24 +46,25 @@ def generate(
     """
     assert prompt_ids, "an empty prompt"
     ends = end_tokens(learner, tokenizer)
-    random = torch.Generator(device=learner.device).manual_seed(seed)
+    random = generator(seed, "generate")
 
     def run() -> list[int]:
         tokens: list[int] = []
         ids = torch.tensor([list(prompt_ids)], device=learner.device)
         cache = None
         while len(tokens) < max_tokens:
-            output = learner.base(
-                input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            output = learner.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             logits = output.logits[0, -1].float()
-            choice = pick_token(logits, temperature, top_p=top_p, top_k=top_k, random=random)
-            token = int(choice)  # device-to-host synchronisation
+            if temperature == 0.0:
+                token = int(logits.argmax())  # device-to-host synchronisation
+            else:
+                host = logits.double().cpu().numpy()  # device-to-host synchronisation
+                token = pick_token(host, temperature, top_p=top_p, top_k=top_k, random=random)
             if token in ends:
                 break
             tokens.append(token)
-            ids = choice.reshape(1, 1)
+            ids = torch.tensor([[token]], device=learner.device)
         return tokens
 
     with learner.evaluating():
@@ -76,20 +80,18 @@ def end_tokens(learner: CudaLearner, tokenizer: Any) -> frozenset[int]:
 
 
 def pick_token(
-    logits: torch.Tensor,
+    logits: npt.NDArray[np.float64],
     temperature: float,
     *,
     top_p: float,
     top_k: int,
-    random: torch.Generator,
-) -> torch.Tensor:
-    """A token id (int64 scalar) from float32 logits [vocabulary]: temperature first, then top-k, then top-p."""
-    if temperature == 0.0:
-        return logits.argmax()
-    ordered, ids = (logits / temperature).sort(descending=True)
-    if top_k > 0:
-        ordered, ids = ordered[:top_k], ids[:top_k]
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # the first token always stays
-    probabilities = probabilities.masked_fill(before >= top_p, 0.0)
-    return ids[torch.multinomial(probabilities, 1, generator=random)[0]]
+    random: np.random.Generator,
+) -> int:
+    """Draws a token id from logits [V]: temperature first, then top-k, then top-p; the likeliest token always stays."""
+    ids = np.argsort(-logits, kind="stable")[: top_k or None]
+    scaled = logits[ids] / temperature
+    probabilities = np.exp(scaled - scaled[0])
+    probabilities /= probabilities.sum()
+    before = np.cumsum(probabilities) - probabilities
+    probabilities[before >= top_p] = 0.0
+    return int(random.choice(ids, p=probabilities / probabilities.sum()))

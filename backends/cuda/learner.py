@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,9 +79,7 @@ class CudaLearner:
             device=self.device,
             doing=f"in a training step with {_extent(microbatches)}",
         )
-        within_memory(
-            lambda: self._optimizer.step(lr), device=self.device, doing="in the optimiser's update"
-        )
+        within_memory(lambda: self._optimizer.step(lr), device=self.device, doing="in the optimiser's update")
         return StepOutput(loss=loss, grad_norm=norm, num_targets=num_targets)
 
     def _accumulate(
@@ -101,18 +98,14 @@ class CudaLearner:
         torch._foreach_mul_(gradients, 1.0 / num_targets)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._optim.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(
-                self._parameters.values(), self._optim.max_grad_norm, norm
-            )
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._optim.max_grad_norm, norm)
         return total / num_targets, norm
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Adds the gradient of the batch's summed objective to `.grad`; returns its summed cross-entropy."""
         with self._autocast():
             hidden, targets = self._at_targets(batch)
-            objective, nll = summed_losses(
-                self._head, hidden, targets, smoothing=self._optim.label_smoothing
-            )
+            objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
         objective.backward()
         return nll
 
@@ -137,7 +130,8 @@ class CudaLearner:
         """Lets the float32 adapter compute in the base's type."""
         if self._dtype == torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._dtype)
+        context: contextlib.AbstractContextManager[Any] = torch.autocast(self.device.type, dtype=self._dtype)
+        return context
 
     # --- evaluation
 
@@ -159,7 +153,7 @@ class CudaLearner:
         )
 
     @contextlib.contextmanager
-    def evaluating(self) -> Any:
+    def evaluating(self) -> Iterator[None]:
         """Within it: no dropout, no gradients, the compute type. After it: training mode."""
         self.model.eval()
         try:
@@ -188,7 +182,6 @@ class CudaLearner:
             optimizer_steps=self._optimizer.num_steps,
         )
 
-    @torch.no_grad()
     def import_state(self, state: TrainState) -> None:
         """Continues from `state`.
 
@@ -203,7 +196,7 @@ class CudaLearner:
         values = {n: from_numpy(state.adapter[n], like=p) for n, p in self._parameters.items()}
         self._optimizer.import_slots(state.optimizer, num_steps=state.optimizer_steps)
         for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+            parameter.data.copy_(values[name])
 
     def memory(self) -> MemoryStats:
         return memory_stats(self.device)
@@ -212,7 +205,6 @@ class CudaLearner:
         """Lets go of the model and its memory; the learner is of no use afterwards."""
         for name in ("model", "base", "_decoder", "_head", "_parameters", "_optimizer"):
             setattr(self, name, None)
-        gc.collect()
         if self.device.type == GPU:
             torch.cuda.empty_cache()
 

@@ -49,16 +49,12 @@ def summed_losses(
     return torch.stack(objectives).sum(), torch.stack(nlls).sum()
 
 
-def token_losses(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
+def token_losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each target in nats: float32 [N], for `hidden` [N, hidden] and int64 `targets` [N]."""
     return torch.cat([_token_nll(_logits(head, h), t) for h, t in _chunks(hidden, targets)])
 
 
-def _chunks(
-    hidden: torch.Tensor, targets: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _chunks(hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     return zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
 
 

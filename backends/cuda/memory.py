@@ -53,7 +53,7 @@ def device_name(device: torch.device) -> str:
         return cpu_name()
     import torch
 
-    return torch.cuda.get_device_name(device)
+    return str(torch.cuda.get_device_name(device))
 
 
 def cpu_name() -> str:

@@ -44,10 +44,10 @@ def causal_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa" attention for rows that are padded on the right only, so that no mask is needed.
 
-    transformers 5 makes a mask for "sdpa" in every forward pass, and looks for packed rows in it, which waits for the
-    device. For an attention of another name it makes none; then scaled_dot_product_attention runs its fast causal kernel.
-    A sliding window still needs its mask, once a row is longer than the window. While a cache is read (one query), the
-    cache itself holds no more than the window.
+    Given no mask, transformers 5 looks for packed rows in every forward pass with "sdpa", and that waits for the
+    device. For an attention of another name it makes no mask and looks for nothing; then torch runs its fast causal
+    kernel. A sliding window still needs a mask, once a row is longer than the window; while a cache is read (one
+    query), the cache itself holds no more than the window.
 
     Args:
         query: [batch, heads, queries, head size]; key and value: [batch, key-value heads, keys, head size].
@@ -127,9 +127,7 @@ def _read(model: ResolvedModel, options: dict[str, Any]) -> tuple[PreTrainedMode
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            base, info = AutoModelForCausalLM.from_pretrained(
-                model.path, output_loading_info=True, **options
-            )
+            base, info = AutoModelForCausalLM.from_pretrained(model.path, output_loading_info=True, **options)
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -194,9 +192,10 @@ def _warn_of_unquantised_experts(base: PreTrainedModel, architecture: Architectu
     experts = sum(p.nbytes for name, p in base.named_parameters() if ".experts." in name)
     total = sum(p.nbytes for p in base.parameters())
     log.warning(
-        "model.bits 4: bitsandbytes quantises linear layers only; the experts of this %s model stay in 16 bits or more: "
+        "model.bits 4: bitsandbytes quantises linear layers only; the experts of this %s model stay in %d bits: "
         "%.1f of its %.1f MB (%.0f %%)",
         architecture.model_type,
+        8 * base.dtype.itemsize,
         experts / 1e6,
         total / 1e6,
         100 * experts / total,
@@ -249,17 +248,16 @@ def adapter_parameters(model: PeftModel, adapter: Adapter) -> dict[str, torch.nn
     return parameters
 
 
-@torch.no_grad()
 def _write_initial(parameters: dict[str, torch.nn.Parameter], adapter: Adapter) -> None:
     for name, parameter in parameters.items():
         value = torch.from_numpy(adapter.tensors[name].copy())
         assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         assert parameter.shape == value.shape, f"{name} is {tuple(parameter.shape)}"
-        parameter.copy_(value)
+        parameter.data.copy_(value)
 
 
 def enable_checkpointing(base: PreTrainedModel) -> None:
-    """Recomputes each layer in the backward pass, dropout masks included (non-reentrant: torch restores its generator)."""
+    """Recomputes each layer in the backward pass, with the same dropout masks (torch restores its generator)."""
     # transformers 5.23 renamed it and warns of the old name
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(base, name):

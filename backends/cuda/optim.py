@@ -39,7 +39,8 @@ class Optimizer(ABC):
     def step(self, lr: float) -> None:
         """One update at rate `lr`. Every parameter must have a gradient."""
         self.num_steps += 1
-        self._update(lr)
+        with torch.no_grad():
+            self._update(lr)
 
     def export_slots(self) -> dict[str, Array]:
         """State as `<slot>/<tensor name>` -> NumPy copy; empty before the first step."""
@@ -71,8 +72,8 @@ class Optimizer(ABC):
                 f"optim.name {self.config.name} with optim.state_bits {self.config.state_bits}",
                 hint="resume with the optim settings and the lora settings of the checkpoint",
             )
+        self._load(slots, num_steps)
         self.num_steps = num_steps
-        self._load(slots)
 
     def _is_whole(self, slots: Mapping[str, Mapping[str, Array]]) -> bool:
         wanted = self._slot_names()
@@ -86,7 +87,7 @@ class Optimizer(ABC):
     def _slots(self) -> Slots: ...
 
     @abstractmethod
-    def _load(self, slots: Mapping[str, Mapping[str, Array]]) -> None: ...
+    def _load(self, slots: Mapping[str, Mapping[str, Array]], num_steps: int) -> None: ...
 
     @abstractmethod
     def _update(self, lr: float) -> None: ...
@@ -129,19 +130,17 @@ class AdamW(Optimizer):
             for slot in self._slot_names()
         }
 
-    def _load(self, slots: Mapping[str, Mapping[str, Array]]) -> None:
-        self.torch.state.clear()
-        if not slots:
-            return
-        for name, parameter in self.parameters.items():
+    def _load(self, slots: Mapping[str, Mapping[str, Array]], num_steps: int) -> None:
+        fresh: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for name, parameter in self.parameters.items() if slots else ():
             # torch counts the steps in a float32 tensor: on the device if fused, else on the CPU
             place = parameter.device if self.is_fused else torch.device("cpu")
-            state: dict[str, torch.Tensor] = {
-                "step": torch.tensor(float(self.num_steps), dtype=torch.float32, device=place)
-            }
+            state: dict[str, torch.Tensor] = {"step": torch.tensor(float(num_steps), dtype=torch.float32, device=place)}
             for slot, tensors in slots.items():
                 state[slot] = from_numpy(tensors[name], like=parameter)
-            self.torch.state[parameter] = state
+            fresh[parameter] = state
+        self.torch.state.clear()
+        self.torch.state.update(fresh)
 
     def _update(self, lr: float) -> None:
         for group in self.torch.param_groups:
@@ -183,8 +182,8 @@ class AdamW8bit(Optimizer):
         )
 
     def _slots(self) -> Slots:
-        if self.config.paged:
-            torch.cuda.synchronize()  # the moments lie in managed memory that a kernel may still write
+        if any(p.is_cuda for p in self.parameters.values()):
+            torch.cuda.synchronize()  # paged: the moments lie in managed memory that a kernel may still write
         slots: Slots = {}
         for name, parameter in self.parameters.items():
             for slot, value in self.bnb.state.get(parameter, {}).items():
@@ -192,7 +191,7 @@ class AdamW8bit(Optimizer):
                     slots.setdefault(slot, {})[name] = value
         return slots
 
-    def _load(self, slots: Mapping[str, Mapping[str, Array]]) -> None:
+    def _load(self, slots: Mapping[str, Mapping[str, Array]], num_steps: int) -> None:
         self.bnb.state.clear()
         if not slots:
             return
@@ -201,7 +200,7 @@ class AdamW8bit(Optimizer):
                 # init_state makes the buffers where they belong (paged ones included); then they are filled in place
                 self.bnb.init_state(group, parameter, group_index, index)
                 state = self.bnb.state[parameter]
-                state["step"] = self.num_steps
+                state["step"] = num_steps
                 for slot, tensors in slots.items():
                     # the levels are one shared constant, and stay that
                     if name in tensors and not slot.startswith("qmap"):
@@ -229,15 +228,15 @@ class SlotOptimizer(Optimizer):
     def _slots(self) -> Slots:
         return self.state if self.num_steps > 0 else {}
 
-    @torch.no_grad()
-    def _load(self, slots: Mapping[str, Mapping[str, Array]]) -> None:
+    def _load(self, slots: Mapping[str, Mapping[str, Array]], num_steps: int) -> None:
         if not slots:
             self.state = self._zeros()
             return
-        for slot, tensors in slots.items():
-            for name, array in tensors.items():
-                old = self.state[slot][name]
-                self.state[slot][name] = from_numpy(array, like=old)
+        # in the parameters' order, whatever order the file had
+        self.state = {
+            slot: {name: from_numpy(slots[slot][name], like=old) for name, old in tensors.items()}
+            for slot, tensors in self.state.items()
+        }
 
     def _lists(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Parameters and gradients, in order."""
@@ -254,7 +253,6 @@ class Lion(SlotOptimizer):
     def _zeros(self) -> Slots:
         return {"exp_avg": self._zeros_like_parameters()}
 
-    @torch.no_grad()
     def _update(self, lr: float) -> None:
         parameters, gradients = self._lists()
         averages = list(self.state["exp_avg"].values())
@@ -274,7 +272,6 @@ class Sgd(SlotOptimizer):
     def _zeros(self) -> Slots:
         return {"momentum": self._zeros_like_parameters()} if self.config.momentum > 0.0 else {}
 
-    @torch.no_grad()
     def _update(self, lr: float) -> None:
         parameters, gradients = self._lists()
         torch._foreach_mul_(parameters, 1.0 - lr * self.config.weight_decay)
@@ -299,13 +296,9 @@ class Adafactor(SlotOptimizer):
     def _zeros(self) -> Slots:
         return {
             "row_var": {n: p.data.new_zeros(p.shape[:-1]) for n, p in self.parameters.items()},
-            "col_var": {
-                n: p.data.new_zeros((*p.shape[:-2], p.shape[-1]))
-                for n, p in self.parameters.items()
-            },
+            "col_var": {n: p.data.new_zeros((*p.shape[:-2], p.shape[-1])) for n, p in self.parameters.items()},
         }
 
-    @torch.no_grad()
     def _update(self, lr: float) -> None:
         decay = 1.0 - float(self.num_steps) ** self.DECAY_POWER
         for name, parameter in self.parameters.items():
@@ -342,8 +335,7 @@ def from_numpy(array: Array, *, like: torch.Tensor) -> torch.Tensor:
     tensor = torch.from_numpy(np.array(array, order="C", copy=True))
     if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise UserError(
-            f"a saved tensor is {tuple(tensor.shape)} {tensor.dtype}, "
-            f"but {tuple(like.shape)} {like.dtype} is needed",
+            f"a saved tensor is {tuple(tensor.shape)} {tensor.dtype}, but {tuple(like.shape)} {like.dtype} is needed",
             hint="resume with the lora and optim settings that the checkpoint was made with",
         )
     return tensor.to(like.device)

@@ -102,9 +102,7 @@ def make_config(**sections: Any) -> RunConfig:
 
 
 def resolved(folder: Path) -> ResolvedModel:
-    return ResolvedModel(
-        path=folder, name=folder.name, revision=None, source="folder", note="", parameters=0
-    )
+    return ResolvedModel(path=folder, name=folder.name, revision=None, source="folder", note="", parameters=0)
 
 
 def make_adapter(folder: Path, config: RunConfig, *, filled: bool = True) -> Adapter:
@@ -121,9 +119,7 @@ def make_adapter(folder: Path, config: RunConfig, *, filled: bool = True) -> Ada
     )
 
 
-def open_learner(
-    backend: str, folder: Path, *, initial: Adapter | None = None, **sections: Any
-) -> Learner:
+def open_learner(backend: str, folder: Path, *, initial: Adapter | None = None, **sections: Any) -> Learner:
     config = make_config(**sections)
     adapter = make_adapter(folder, config) if initial is None else initial
     return backends.get(backend).open(config, resolved(folder), adapter)
@@ -183,11 +179,7 @@ def assert_same_state(one: TrainState, other: TrainState) -> None:
 
 def in_new_process(function: str, *arguments: Any, timeout: float = 120.0) -> None:
     """Calls `tests.backends.conftest.<function>` with JSON arguments in a fresh interpreter."""
-    code = (
-        "import json, sys\n"
-        f"from tests.backends.conftest import {function}\n"
-        f"{function}(*json.loads(sys.argv[1]))\n"
-    )
+    code = f"import json, sys\nfrom tests.backends.conftest import {function}\n{function}(*json.loads(sys.argv[1]))\n"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments, default=str)],
         cwd=ROOT,

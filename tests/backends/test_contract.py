@@ -160,9 +160,7 @@ def _row(batch: Batch, row: int) -> Batch:
     return Batch(batch.row_ids[part], batch.inputs[part], batch.targets[part])
 
 
-def test_padding_and_batch_size_change_nothing(
-    opened: Open, folders: dict[str, Path], kind: str
-) -> None:
+def test_padding_and_batch_size_change_nothing(opened: Open, folders: dict[str, Path], kind: str) -> None:
     """A row has one loss, whatever stands beside it and however far it is padded (with any token)."""
     learner = opened(folders[kind])
     lengths = (12, 9, 14, 5)
@@ -217,9 +215,7 @@ def test_evaluate_has_no_dropout_and_leaves_training_alone(opened: Open, llama: 
 # --- the step
 
 
-def test_step_reports_the_evaluated_loss(
-    opened: Open, folders: dict[str, Path], kind: str
-) -> None:
+def test_step_reports_the_evaluated_loss(opened: Open, folders: dict[str, Path], kind: str) -> None:
     """Without dropout the loss of a step is the evaluation's: sum over target tokens, label smoothing left out."""
     learner = opened(folders[kind], optim={"label_smoothing": 0.2})
     rows = learner.evaluate(microbatches())
@@ -228,9 +224,7 @@ def test_step_reports_the_evaluated_loss(
     assert float(output.loss) == pytest.approx(rows.nll.sum() / rows.num_targets.sum(), rel=1e-6)
 
 
-def test_accumulation_equals_one_big_batch(
-    opened: Open, folders: dict[str, Path], kind: str
-) -> None:
+def test_accumulation_equals_one_big_batch(opened: Open, folders: dict[str, Path], kind: str) -> None:
     learner = opened(folders[kind], **SHOWS_GRADIENT)
     big = make_batch((12, 9, 14, 5), width=16)
     parts = [_row(big, 0), Batch(big.row_ids[1:], big.inputs[1:], big.targets[1:])]
@@ -331,9 +325,7 @@ def test_gradient_checkpointing_changes_nothing(
     lora = {"dropout": dropout}
     found = [
         gradient(
-            opened(
-                folders[kind], lora=lora, train={"gradient_checkpointing": on}, **SHOWS_GRADIENT
-            ),
+            opened(folders[kind], lora=lora, train={"gradient_checkpointing": on}, **SHOWS_GRADIENT),
             microbatches(),
         )
         for on in (False, True)
@@ -396,12 +388,8 @@ def test_optimizer_follows_its_formula(opened: Open, llama: Path, name: str) -> 
         assert state.optimizer_steps == step
         for tensor, g in slope.items():
             slots = moments.setdefault(tensor, {})
-            values[tensor] = FORMULAS[name](
-                values[tensor], g.astype(np.float64), slots, step, lr, 0.5
-            )
-            np.testing.assert_allclose(
-                state.adapter[tensor], values[tensor], rtol=0, atol=2e-4 * lr, err_msg=tensor
-            )
+            values[tensor] = FORMULAS[name](values[tensor], g.astype(np.float64), slots, step, lr, 0.5)
+            np.testing.assert_allclose(state.adapter[tensor], values[tensor], rtol=0, atol=2e-4 * lr, err_msg=tensor)
             for slot, expected in slots.items():
                 found = state.optimizer[f"{slot}/{tensor}"]
                 assert found.dtype == np.float32
@@ -517,9 +505,7 @@ def test_four_bits(opened: Open, llama: Path) -> None:
     assert "4" in quantised.description
     assert quantised.num_parameters == full.num_parameters
     before = quantised.export_state()
-    losses = []
-    for step in range(1, 9):
-        losses.append(float(quantised.train_step(microbatches(), step=step, lr=0.02).loss))
+    losses = [float(quantised.train_step(microbatches(), step=s, lr=0.02).loss) for s in range(1, 9)]
     assert losses[-1] < losses[0] - 0.5
     quantised.import_state(before)
     np.testing.assert_array_equal(quantised.evaluate(microbatches()).nll, ours.nll)
@@ -553,9 +539,7 @@ def _remove_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-@pytest.mark.parametrize(
-    "damage", [_break_missing, _break_shape, _break_file, _break_type, _remove_weights]
-)
+@pytest.mark.parametrize("damage", [_break_missing, _break_shape, _break_file, _break_type, _remove_weights])
 def test_bad_folders_are_refused(
     backend: str, llama: Path, tmp_path: Path, damage: Callable[[Path], None], bits: int
 ) -> None:

@@ -26,8 +26,7 @@ from tests.tiny import make_model
 NUM_STEPS = 20
 WARMUP = 3
 RATES = [
-    3e-3
-    * ((step + 1) / WARMUP if step < WARMUP else 0.5 + 0.5 * np.cos(np.pi * (step - WARMUP) / 17))
+    3e-3 * ((step + 1) / WARMUP if step < WARMUP else 0.5 + 0.5 * np.cos(np.pi * (step - WARMUP) / 17))
     for step in range(NUM_STEPS)
 ]
 SECTIONS: dict[str, Any] = {
@@ -134,9 +133,7 @@ def test_a_checkpoint_of_one_continues_on_the_other(trained: dict[str, Path], na
 
 
 @pytest.mark.parametrize("backend", ["mlx", "cuda"])
-def test_rope_styles_are_read_alike_and_theta_matters(
-    trained: dict[str, Path], backend: str
-) -> None:
+def test_rope_styles_are_read_alike_and_theta_matters(trained: dict[str, Path], backend: str) -> None:
     """The same weights under the old and the new key: equal losses; with the default theta, others."""
     found = {name: np.load(trained[backend] / name / "record.npz")["nll"] for name in VARIANTS}
     np.testing.assert_array_equal(found["old"], found["new"])

@@ -260,11 +260,34 @@ def test_a_run_that_nobody_holds_has_died(run: FakeRun) -> None:
 @pytest.mark.parametrize(("status", "code"), [("finished", 0), ("early_stopped", 0), ("interrupted", 0), ("failed", 1)])
 def test_an_ended_run_is_not_dead(run: FakeRun, status: str, code: int) -> None:
     run.until_60()
-    run.state.update(status=status, error="the loss became nan" if status == "failed" else None)
     run.die()
+    run.state.update(status=status, error="the loss became nan" if status == "failed" else None)
     found = monitor.snapshot(run.folder)
     assert (found.status, found.exit_code, found.next_eval_step) == (status, code, None)
     assert ("the loss became nan" in text(found, 80)) == (status == "failed")
+
+
+def test_a_resumed_run_counts_as_starting_before_its_first_step(run: FakeRun) -> None:
+    run.until_60()
+    run.state.update(status="interrupted")  # as the first process left it; the second one holds the lock
+    found = monitor.snapshot(run.folder)
+    assert (found.status, found.has_ended) == ("starting", False)
+    assert found.elapsed_seconds == run.time  # the pause between the two does not count
+
+
+def test_the_verdict_is_the_best_adapters(run: FakeRun) -> None:
+    run.until_60()
+    run.state.update(status="finished")
+    gap = {"probe_loss": 1.5, "gap_low": 0.4, "gap_high": 0.6, "gap": 0.5, "grade": "CRITICAL"}
+    write_summary(run.folder, {"base_val_loss": 2.6, "best_val_loss": 2.0, **gap})
+    verdict = monitor.snapshot(run.folder).verdict
+    assert verdict is not None
+    assert verdict.startswith("Potential overfitting detected! Train/val loss difference: 0.50")
+    write_summary(run.folder, {"base_val_loss": 1.9, "best_val_loss": 2.0, **gap})
+    expected = "No better than the base model: validation loss 1.900 before, 2.000 at best"
+    assert monitor.snapshot(run.folder).verdict == expected
+    run.state.update(status="failed")
+    assert monitor.snapshot(run.folder).verdict is None
 
 
 def test_another_machine_is_judged_by_its_silence(run: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +372,9 @@ def test_an_empty_run_shows_that_it_starts(tmp_path: Path) -> None:
     fake.state.update(status="starting", phase="loading")
     shown = text(monitor.snapshot(fake.folder), 80, 24)
     assert "loading" in shown
-    assert "metrics.jsonl: no record yet" in shown
+    assert "note" not in shown
+    fake.state.update(status="running", step=5)
+    assert "metrics.jsonl: no record yet" in text(monitor.snapshot(fake.folder), 80, 24)
     fake.die()
 
 
@@ -385,7 +410,7 @@ def test_watch_into_a_pipe_writes_evaluations_and_the_last_screen(run: FakeRun) 
     shown = "\n".join(screen)
     assert "early stopped" in shown
     assert "Good generalization. Train/val loss difference: 0.10" in shown
-    assert f"python cli.py evaluate {run.folder}" in shown.replace("\n", " ")
+    assert f"python cli.py generate {run.folder}" in shown.replace("\n", " ")
 
 
 def test_watch_in_a_terminal_leaves_the_last_screen_and_fails_with_the_run(run: FakeRun) -> None:
@@ -463,15 +488,15 @@ def test_the_chart_shows_the_fall_and_ignores_one_spike() -> None:
     assert len(marks) == 3
     assert [column for column, _ in marks] == sorted(column for column, _ in marks)
     assert marks[1][1] - marks[0][1] >= 3  # the fall is spread over the rows, not squashed by the spike
-    assert {"1.0", "2.0"} <= {row.split("┤")[0].strip() for row in rows if "┤" in row}
+    assert {1.0, 2.0} <= {float(row.split("┤")[0]) for row in rows if "┤" in row}
 
 
 @pytest.mark.parametrize(
     ("low", "high", "labels"),
     [
         (0, 340, ["0", "100", "200", "300"]),
-        (1.71, 2.62, ["1.75", "2.00", "2.25", "2.50"]),
-        (0, 100_000, ["0", "25k", "50k", "75k", "100k"]),
+        (1.71, 2.62, ["1.8", "2.0", "2.2", "2.4", "2.6"]),
+        (0, 100_000, ["0", "20k", "40k", "60k", "80k", "100k"]),
         (2.0, 2.0, ["2"]),
     ],
 )

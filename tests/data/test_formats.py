@@ -55,7 +55,9 @@ def test_text() -> None:
     assert example.origin == "rows.jsonl:1"
 
 
-@pytest.mark.parametrize(("label", "number"), [("entailment", 0), ("Neutral", 1), ("contradiction", 2), (2, 2), ("1", 1)])
+@pytest.mark.parametrize(
+    ("label", "number"), [("entailment", 0), ("Neutral", 1), ("contradiction", 2), (2, 2), ("1", 1)]
+)
 def test_nli_asks_for_json(label: object, number: int) -> None:
     row = {"premise": "A dog runs.", "hypothesis": "It moves.", "label": label}
     (example,), _, _ = parse(row | {"explanation": ["", "Running is moving.", "Another."]})
@@ -145,7 +147,7 @@ def test_bad_field_names_its_column() -> None:
 
 @pytest.mark.parametrize("label", [3, -1, True, None, "maybe", 0.5])
 def test_bad_label(label: object) -> None:
-    with pytest.raises(UserError, match="line 1: label is .* not 0, 1, 2 or entailment"):
+    with pytest.raises(UserError, match=r"line 1: label is .* not 0, 1, 2 or entailment"):
         parse({"premise": "A", "hypothesis": "B", "label": label})
 
 
@@ -165,3 +167,9 @@ def test_a_bad_first_row_does_not_decide_the_format() -> None:
     full = {"prompt": "Hi", "completion": "Ho", "text": "HiHo"}
     with pytest.raises(UserError, match="line 1: completion is missing"):
         parse({"prompt": "Hi", "text": "Hi"}, full, full)
+
+
+def test_a_stray_row_with_more_columns_does_not_decide_the_format() -> None:
+    texts = [{"text": f"Once {number}"} for number in range(3)]
+    examples, _, _ = parse({"text": "Twice", "prompt": "Hi", "completion": "Ho"}, *texts)
+    assert [example.text for example in examples] == ["Twice", "Once 0", "Once 1", "Once 2"]

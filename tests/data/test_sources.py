@@ -156,9 +156,7 @@ def test_two_files_for_one_split(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_what_looks_like_a_path_is_never_asked_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))  # has no load_dataset
     (tmp_path / "sets").mkdir()

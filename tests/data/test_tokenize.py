@@ -24,13 +24,12 @@ MISTRAL = (
 )
 FORGETS_THOUGHTS = (  # like Qwen3: what stands before </think> is shown in the last answer only
     "{% for message in messages %}{% set content = message['content'] %}"
-    "{% if message['role'] == 'assistant' and not loop.last %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{% if message['role'] == 'assistant' and not loop.last %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-OPENS_THOUGHT = CHAT_TEMPLATE.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\n<think>\\n").replace(
-    "<|im_start|>assistant\n' }}{% endif", "<|im_start|>assistant\n<think>\n' }}{% endif"
-)
+OPENS_THOUGHT = CHAT_TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")  # like DeepSeek-R1
 NO_END = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] | trim + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -152,6 +151,13 @@ def test_template_without_end_token_gets_one(make: MakeTokenizer) -> None:
     assert marked(tokenizer, done) == f"user: Hi\nassistant:⟦ Yo⟧\nuser: 2\nassistant:⟦ 3{END}⟧"
 
 
+def test_template_that_writes_no_bos_gets_none(make: MakeTokenizer) -> None:
+    """As transformers' apply_chat_template, which is how the model will be asked."""
+    tokenizer = make(NO_END, adds_bos=True)
+    done, _ = run(tokenizer, chat("Hi", "Yo"))
+    assert marked(tokenizer, done) == f"user: Hi\nassistant:⟦ Yo{END}⟧"
+
+
 def test_other_end_of_turn_token_is_a_target_before_the_end_token(make: MakeTokenizer) -> None:
     tokenizer = make(OTHER_END)
     done, _ = run(tokenizer, chat("a", "b", "c", "d"))
@@ -174,7 +180,9 @@ def test_date_does_not_change_the_rows(make: MakeTokenizer) -> None:
 
 
 def test_template_that_refuses_a_row_names_it(make: MakeTokenizer) -> None:
-    tokenizer = make(CHAT_TEMPLATE + "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no bad') }}{% endif %}")
+    tokenizer = make(
+        CHAT_TEMPLATE + "{% if messages[0]['content'] == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
+    )
     with pytest.raises(UserError, match=r"rows\.jsonl, line 1: the model's chat template refuses .* \(no bad\)"):
         run(tokenizer, chat("bad", "Yo"))
 
@@ -229,7 +237,8 @@ def test_peer_masks_the_same_tokens(make: MakeTokenizer) -> None:
     """transformers' own assistant mask, with the template's `generation` marks, agrees."""
     template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
