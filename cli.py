@@ -184,9 +184,8 @@ def _given(args: argparse.Namespace) -> list[str]:
     """Flags with settings that were typed."""
     values = vars(args)
     given = [flag for flag, name, _, _ in _FLAGS if values[name] is not None]
-    return given + [
-        flag for flag, name in (("--preset", "preset"), ("--config", "config"), ("--set", "assignments")) if values[name]
-    ]
+    lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
+    return given + [flag for flag, name in lists if values[name]]
 
 
 def _print_json(value: object) -> int:

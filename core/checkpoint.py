@@ -1,8 +1,9 @@
 """The only writer and reader of checkpoints.
 
 A checkpoint is a folder `checkpoints/epoch<E>_step<S>/` with `adapter.safetensors` and `optimizer.safetensors` (neutral
-names, so either backend can read it), `trainer.json` (where the loop stands, and which checkpoint holds the best adapter)
-and `manifest.json` (sizes and SHA-256 of the others). It is built under a temporary name, synchronised to the disk and renamed: it is whole or not there.
+names, so either backend can read it), `trainer.json` (where the loop stands, and which step was the best) and
+`manifest.json` (sizes and SHA-256 of the others). It is built under a temporary name, synchronised to the disk and
+renamed: it is whole or not there.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What an optimiser step reports. Both scalars live on the device: `float()` synchronises, so only log time reads."""
+    """What an optimiser step reports. The scalars live on the device: `float()` synchronises."""
 
     loss: SupportsFloat
     """Pure cross-entropy in nats (no label smoothing, no auxiliary loss), summed and divided by `num_targets`."""
@@ -86,8 +86,8 @@ class RowLosses:
 class TrainState:
     """Everything a backend needs to continue: under neutral names, in NumPy.
 
-    `adapter` has the names and shapes of `core.adapter.Adapter.tensors`. `optimizer` has `<slot>/<adapter tensor name>`,
-    with torch's slot names: `exp_avg` and `exp_avg_sq` (AdamW), `exp_avg` (Lion), `momentum` (SGD), `row_var`,
+    `adapter` has the names and shapes of `core.adapter.Adapter.tensors`. `optimizer` has `<slot>/<tensor name>`, with
+    torch's slot names: `exp_avg` and `exp_avg_sq` (AdamW), `exp_avg` (Lion), `momentum` (SGD), `row_var`,
     `col_var` or `exp_avg_sq` (Adafactor). 8-bit AdamW keeps its quantised form: `state1`, `absmax1`, `qmap1` and so on.
     """
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from core.errors import UserError
@@ -25,6 +26,7 @@ CURVES = "training_curves.png"
 ADAPTERS = "adapters"
 ROW_LOSSES = "row_losses"
 LOCK = ".lock"
+_LOCK_ATTEMPTS = 3
 
 ENDED = ("finished", "early_stopped", "interrupted", "failed")
 """Values of `status` for a run that no process is training."""
@@ -86,20 +88,38 @@ def existing_run(path: str | None) -> Path:
 
 
 class RunLock:
-    """Keeps a second process out of a run folder; the system releases it when the process ends, however it ends."""
+    """Keeps a second process out of a run folder; use as a context.
+
+    The system releases it when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
 
     def __init__(self, folder: Path) -> None:
         path = folder / LOCK
         with disk_errors(path):
             self._file = open(path, "a")  # noqa: SIM115 (held for the life of the run)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(
-                f"{folder}: another process is training here",
-                hint=f"watch it with: python cli.py monitor {folder}",
-            ) from None
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                # a monitor that looks whether the run is alive holds the lock for an instant
+                time.sleep(0.05 * (attempt + 1 < _LOCK_ATTEMPTS))
+        self._file.close()
+        raise UserError(
+            f"{folder}: another process is training here",
+            hint=f"watch it with: python cli.py monitor {folder}",
+        )
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
 
     def release(self) -> None:
         self._file.close()

@@ -197,6 +197,10 @@ def _assignment_layer(text: str) -> Layer:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise UserError(f"--set {text}: not section.field=value", hint="such as: --set lora.rank=8")
+    if (whole := name.strip().rpartition(".")[0]) in _LEAF_DICTS:
+        raise UserError(
+            f"--set {text}: {whole} is set as a whole", hint=f"such as: --set '{whole}={{prompt: question}}'"
+        )
     try:
         return Layer("--set", _nest(name.strip(), yaml.safe_load(value)))
     except yaml.YAMLError:

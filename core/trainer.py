@@ -37,9 +37,8 @@ HEARTBEAT_SECONDS = 1.0
 class TrainingData(Protocol):
     """Rows as batches; `core.workflow` makes it from the data package."""
 
-    num_train_rows: int
-    num_val_rows: int
-    batches_per_epoch: int
+    @property
+    def batches_per_epoch(self) -> int: ...
 
     def epoch(self, epoch: int) -> Sequence[Batch]:
         """Micro-batches of epoch `epoch`, which counts from 0; each row once; a function of (seed, epoch)."""
@@ -142,7 +141,7 @@ class Trainer:
         journal: Journal,
         checkpointer: Checkpointer,
         screen: Screen,
-        save_best: Callable[[Tensors], None],
+        save_best: Callable[[Tensors], object],
         heartbeat: Callable[[Mapping[str, Any]], None],
         should_interrupt: Callable[[], bool] = lambda: False,
         identity: Mapping[str, str] | None = None,

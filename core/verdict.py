@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import GuardConfig, RunConfig
-from core.overfitting import Gap, advice, relative_warning
+from core.overfitting import Gap, advice, grade_of, relative_warning
 from core.run import ADAPTERS
 from core.screen import count, duration
 from core.trainer import Trainer
@@ -74,6 +74,7 @@ def verdict_lines(
     lines += [
         f"  validation loss   {summary['base_val_loss']:.3f} → {gap.val_loss:.3f}   ({_best(summary)})",
         f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}",
+        *_doubt(summary, gap, guard),
         f"  {_size(summary)}",
         "",
         f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
@@ -90,6 +91,17 @@ def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:
             f"{gap.val_loss:.3f}. Don't use this adapter; try a lower rate or other data."
         )
     return advice(gap, guard)
+
+
+def _doubt(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> list[str]:
+    """Says so when the interval reaches into other grades: then the rows are too few to tell."""
+    worst = grade_of(gap.high, guard.grades)
+    if worst == gap.grade:
+        return []
+    return [
+        f"                    the interval reaches into {worst}: {summary['num_val_rows']} validation rows "
+        "can't tell these grades apart"
+    ]
 
 
 def _best(summary: Mapping[str, Any]) -> str:

@@ -49,7 +49,7 @@ from core.signals import InterruptFlag
 from core.trainer import Trainer, plan_steps
 from core.verdict import summarize, verdict_lines
 from data.dataset import load_data
-from data.prompt import render_prompt
+from data.prompt import decode, render_prompt
 from data.tokenize import load_tokenizer
 from data.training import RunData
 
@@ -101,7 +101,8 @@ def train(settings: Settings, *, console: Console) -> int:
         with _opened(job) as learner:
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            return _run(job, learner, folder, console=console, is_new=True)
+            with RunLock(folder):
+                return _run(job, learner, folder, console=console, is_new=True)
 
 
 def resume(folder: Path, *, console: Console) -> int:
@@ -117,10 +118,10 @@ def resume(folder: Path, *, console: Console) -> int:
                 f"{folder}: already {state['status'].replace('_', ' ')}; nothing to resume",
                 hint=f"see its verdict with: python cli.py monitor {folder} --once",
             )
-        RunLock(folder).release()  # before the model is loaded: somebody may be training here
-        job = prepare(load_config(folder / CONFIG), choose_bits=False)
-        with _opened(job) as learner:
-            return _run(job, learner, folder, console=console, is_new=False)
+        with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
+            job = prepare(load_config(folder / CONFIG), choose_bits=False)
+            with _opened(job) as learner:
+                return _run(job, learner, folder, console=console, is_new=False)
 
 
 def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> int:
@@ -133,7 +134,8 @@ def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> i
         config = load_config(folder / CONFIG)
         if not (folder / ADAPTERS / PEFT_WEIGHTS).is_file():
             raise UserError(
-                f"{folder}: no adapter yet", hint=f"train it to the first evaluation: python cli.py train --resume {folder}"
+                f"{folder}: no adapter yet",
+                hint=f"train it to the first evaluation: python cli.py train --resume {folder}",
             )
         backend, device = _backend(config)
         model = _resolve_model(config, device)
@@ -142,11 +144,12 @@ def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> i
         prompt_ids = render_prompt(tokenizer, prompt)
         learner = backend.open(config, model, adapter)
         try:
-            for name, tensors in (("base", adapter.tensors), ("adapter", read_saved(folder / ADAPTERS, adapter).tensors)):
+            trained = read_saved(folder / ADAPTERS, adapter)
+            for name, tensors in (("base", adapter.tensors), ("adapter", trained.tensors)):
                 learner.import_state(TrainState(adapter=tensors, optimizer={}))
                 ids = backends.generate(backend.name, learner, tokenizer, prompt_ids, max_tokens=max_tokens)
                 console.print(f"[dim]{name:<8}[/dim] ", end="")
-                console.print(tokenizer.decode(ids, skip_special_tokens=True).strip(), markup=False)
+                console.print(decode(tokenizer, ids), markup=False)
         finally:
             learner.close()
     return 0
@@ -262,8 +265,6 @@ def _opened(job: Job) -> Iterator[Learner]:
 
 def _run(job: Job, learner: Learner, folder: Path, *, console: Console, is_new: bool) -> int:
     with ExitStack() as stack:
-        lock = RunLock(folder)
-        stack.callback(lock.release)
         if is_new:
             _write_config(folder, job.config)
         checkpointer = Checkpointer(folder, keep=job.config.checkpoint.keep)

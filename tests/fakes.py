@@ -1,7 +1,8 @@
 """A learner without a tensor library: a unigram model in NumPy, trained by SGD with momentum.
 
 Its logits are the column sums of the adapter's tensors, its loss the exact cross-entropy, its dropout a mask from
-`step_seed`. So the loop, checkpoints and resume can be tested in milliseconds, bit for bit, on a model that really learns.
+`step_seed`. So the loop, checkpoints and resume can be tested in milliseconds, bit for bit, on a model that
+really learns.
 """
 
 from __future__ import annotations

@@ -121,13 +121,9 @@ def _compute_type(name: str, device: Device) -> tuple[mx.Dtype, str]:
 def _cpu_warnings(config: RunConfig) -> list[str]:
     found: list[str] = []
     if config.model.dtype not in ("auto", "float32"):
-        found.append(
-            f"model.dtype: {config.model.dtype} on a CPU is some 30 times slower than float32 with mlx"
-        )
+        found.append(f"model.dtype: {config.model.dtype} on a CPU is some 30 times slower than float32 with mlx")
     if config.model.bits == 4:
-        found.append(
-            "model.bits: 4 on a CPU is some 10 times slower than 16 with mlx; use 16 if the model fits"
-        )
+        found.append("model.bits: 4 on a CPU is some 10 times slower than 16 with mlx; use 16 if the model fits")
     return found
 
 
@@ -223,7 +219,7 @@ def _prepare_device(device: Device) -> Callable[[], None]:
     if device == "gpu":
         # As mlx-lm does: memory that the system may not page out, which macOS 15 can grant.
         recommended = mx.device_info().get("max_recommended_working_set_size")
-        wired_limit = mx.set_wired_limit(recommended) if recommended else None
+        wired_limit = mx.set_wired_limit(int(recommended)) if recommended else None
 
     def restore() -> None:
         mx.set_default_device(default)

@@ -15,9 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-SLOW_BLAS = (
-    "MLX found no fast BLAS here: training on the CPU is about 30 times slower than it could be"
-)
+SLOW_BLAS = "MLX found no fast BLAS here: training on the CPU is about 30 times slower than it could be"
 _OPENBLAS = "libopenblas.so.0"
 _MKL_MODE = "AUTO,STRICT"
 """MKL's conditional numerical reproducibility: equal bits whatever the arrays' alignment, at no measurable cost."""

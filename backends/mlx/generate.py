@@ -57,7 +57,7 @@ def generate(
         logits = _prefill(learner, prompt_ids, cache := learner.network.make_cache())
         while len(tokens) < max_tokens:
             if temperature == 0.0:
-                token = int(mx.argmax(logits).item())  # waits for the device
+                token = int(mx.argmax(logits))  # waits for the device
             else:
                 host = np.array(logits, np.float64)  # waits for the device
                 token = pick_token(host, temperature, top_p=top_p, top_k=top_k, random=random)

@@ -61,6 +61,7 @@ class MlxLearner:
         self._optimizer_steps = 0
         self._meter = MemoryMeter(accelerator=accelerator)
         self._on_close = on_close
+        self._closed = False
         compile_ = mx.compile if compiled else _as_it_is
         self._gradients = compile_(self._gradients_of_microbatch)
         self._update = compile_(self._updated)
@@ -87,9 +88,7 @@ class MlxLearner:
             assert loss is not None and total is not None
             return self._apply(loss, total, num_targets=num_targets, lr=lr)
 
-    def _apply(
-        self, loss: mx.array, total: Parameters, *, num_targets: int, lr: float
-    ) -> StepOutput:
+    def _apply(self, loss: mx.array, total: Parameters, *, num_targets: int, lr: float) -> StepOutput:
         steps = self._optimizer_steps + 1
         coefficients = mx.array(self._optimizer.coefficients(lr, steps), mx.float32)
         mean, norm, parameters, slots = self._update(
@@ -127,9 +126,7 @@ class MlxLearner:
         (_, loss), gradients = mx.value_and_grad(objective)(parameters)
         if loss_so_far is None or total_so_far is None:
             return loss, gradients
-        return loss_so_far + loss, {
-            name: total_so_far[name] + gradient for name, gradient in gradients.items()
-        }
+        return loss_so_far + loss, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
 
     def _updated(
         self,
@@ -185,9 +182,7 @@ class MlxLearner:
     def export_state(self) -> TrainState:
         """Copies to the host: a synchronisation."""
         optimizer = {
-            f"{slot}/{name}": np.array(array)
-            for name, slots in self._slots.items()
-            for slot, array in slots.items()
+            f"{slot}/{name}": np.array(array) for name, slots in self._slots.items() for slot, array in slots.items()
         }
         adapter = {name: np.array(array) for name, array in self.parameters.items()}
         return TrainState(adapter, optimizer, self._optimizer_steps)
@@ -201,16 +196,9 @@ class MlxLearner:
         parameters = _matching(state.adapter, self.parameters, "adapter")
         fresh = initial_slots(self._optimizer, parameters)
         if state.optimizer or state.optimizer_steps:
-            flat = {
-                f"{slot}/{name}": array
-                for name, slots in fresh.items()
-                for slot, array in slots.items()
-            }
+            flat = {f"{slot}/{name}": array for name, slots in fresh.items() for slot, array in slots.items()}
             loaded = _matching(state.optimizer, flat, "optimiser state")
-            fresh = {
-                name: {slot: loaded[f"{slot}/{name}"] for slot in slots}
-                for name, slots in fresh.items()
-            }
+            fresh = {name: {slot: loaded[f"{slot}/{name}"] for slot in slots} for name, slots in fresh.items()}
         mx.eval(parameters, fresh)
         self.parameters, self._slots = parameters, fresh
         self._optimizer_steps = state.optimizer_steps
@@ -219,7 +207,10 @@ class MlxLearner:
         return self._meter.read()
 
     def close(self) -> None:
-        """Lets go of the model and of MLX's buffer cache."""
+        """Lets go of the model and of MLX's buffer cache. The second time it does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         mx.synchronize()
         empty: dict[str, Any] = {}
         self.parameters, self._slots = empty, dict(empty)
@@ -239,16 +230,14 @@ class _Scalar:
 
     def __float__(self) -> float:
         with translate_out_of_memory("a training step"):
-            return float(self._array.item())
+            return float(self._array)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _device_arrays(
-    batch: Batch, selection: Selection
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+def _device_arrays(batch: Batch, selection: Selection) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     return (
         mx.array(batch.inputs),
         mx.array(selection.position),
@@ -258,9 +247,7 @@ def _device_arrays(
 
 
 def _shapes(batches: Sequence[Batch]) -> str:
-    rows, width = max(
-        (batch.inputs.shape for batch in batches), key=lambda shape: shape[0] * shape[1]
-    )
+    rows, width = max((batch.inputs.shape for batch in batches), key=lambda shape: shape[0] * shape[1])
     return f"{len(batches)} x {rows} x {width} tokens"
 
 
@@ -287,9 +274,7 @@ def _joined(parts: Sequence[RowLosses]) -> RowLosses:
 def _matching(given: Tensors, expected: Mapping[str, mx.array], what: str) -> Parameters:
     """`given` as float32 arrays, if it has exactly the names and shapes of `expected`."""
     wrong = sorted(given.keys() ^ expected.keys())
-    wrong += [
-        name for name in given.keys() & expected.keys() if given[name].shape != expected[name].shape
-    ]
+    wrong += [name for name in given.keys() & expected.keys() if given[name].shape != expected[name].shape]
     if wrong:
         raise UserError(
             f"the {what} to restore does not fit this run: {len(wrong)} tensors are missing, unknown or of "

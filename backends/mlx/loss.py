@@ -92,12 +92,10 @@ def summed_loss(
     # With more than one chunk, each recomputes its logits in the backward pass instead of keeping them.
     run = chunk if len(position) <= CHUNK else mx.checkpoint(chunk)
     parts = [run(*part) for part in _chunks(_flatten(hidden)[position], target, weight)]
-    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+    return mx.stack([part[0] for part in parts]).sum(), mx.stack([part[1] for part in parts]).sum()
 
 
-def token_losses(
-    project: Project, hidden: mx.array, position: mx.array, target: mx.array
-) -> mx.array:
+def token_losses(project: Project, hidden: mx.array, position: mx.array, target: mx.array) -> mx.array:
     """Cross-entropy of each selected position, float32 [M] in nats."""
 
     def chunk(selected: mx.array, ids: mx.array) -> mx.array:

@@ -78,7 +78,10 @@ def translate_out_of_memory(task: str) -> Iterator[None]:
     except MemoryError as error:
         raise OutOfMemoryError(f"out of memory in {task}") from error
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not any(sign in text.lower() for sign in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
-        raise OutOfMemoryError(f"out of memory in {task}: {text}") from error
+        raise OutOfMemoryError(f"out of memory in {task}: {' '.join(str(error).split())}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)

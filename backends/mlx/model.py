@@ -7,6 +7,7 @@ masks in the recomputation, and logits are wanted at few positions only.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from backends.mlx.memory import translate_out_of_memory
+from backends.mlx.memory import is_out_of_memory, translate_out_of_memory
 from core.adapter import LORA_A, LORA_B, Adapter
 from core.architecture import Architecture, read_architecture
 from core.errors import UserError
@@ -50,9 +51,7 @@ class Base:
     """For people: `16-bit weights`, `4-bit weights (affine, group 64)`."""
 
 
-def load_base(
-    model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_code: bool = False
-) -> Base:
+def load_base(model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_code: bool = False) -> Base:
     """Loads a folder in Hugging Face or MLX layout, in `dtype`, and quantises it when `bits` is 4.
 
     Quantised as `mlx_lm.convert -q` does it: every linear layer, expert, router and embedding (tied ones, too) whose
@@ -96,9 +95,7 @@ def load_base(
 def _check_quantization(name: str, raw: dict[str, Any], bits: int) -> None:
     if "quantization" in raw:
         if bits == 16:
-            raise UserError(
-                f"{name} is quantised already, and model.bits is 16", hint="set model.bits=4"
-            )
+            raise UserError(f"{name} is quantised already, and model.bits is 16", hint="set model.bits=4")
         return
     if foreign := raw.get("quantization_config"):
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
@@ -168,6 +165,8 @@ def _read_weights(
             trust_remote_code=trust_remote_code,
         )
     except (FileNotFoundError, ValueError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         raise _damaged(model.name, error) from error
     return module, read
 
@@ -230,7 +229,7 @@ def _materialise(module: nn.Module, name: str) -> None:
             mx.eval(layer.parameters())
         mx.eval(module.parameters())
     except RuntimeError as error:
-        with translate_out_of_memory(f"loading {name}"):
+        if is_out_of_memory(error):
             raise
         raise _damaged(name, error) from error
 
@@ -241,7 +240,7 @@ def _count_parameters(module: nn.Module) -> int:
     return int(get_total_parameters(module))
 
 
-class KeyedDropout(nn.Module):
+class KeyedDropout(nn.Module):  # type: ignore[misc]
     """Dropout whose mask is a function of a key, so that a recomputation draws the same one."""
 
     def __init__(self, p: float) -> None:
@@ -286,9 +285,7 @@ def attach_adapter(module: nn.Module, adapter: Adapter) -> list[_Slot]:
     Raises:
         UserError: an adapter that was made for another model.
     """
-    slots = [
-        _attach(module, adapter, name, index=index) for index, name in enumerate(adapter.modules)
-    ]
+    slots = [_attach(module, adapter, name, index=index) for index, name in enumerate(adapter.modules)]
     names = {name for slot in slots for name in slot.names}
     assert names == set(adapter.tensors), "an adapter tensor has no place in the model"
     return slots
@@ -365,14 +362,7 @@ class Network:
         mask = create_attention_mask(hidden, caches[0], window_size=self._base.window)
         for layer, slots, layer_cache in zip(model.layers, self._by_layer, caches, strict=True):
             own = {name: parameters[name] for slot in slots for name in slot.names}
-
-            def run(
-                own: Arrays, hidden: mx.array, layer=layer, slots=slots, layer_cache=layer_cache
-            ) -> mx.array:
-                for slot in slots:
-                    slot.place(own, keys)
-                return layer(hidden, mask, cache=layer_cache)
-
+            run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys)
             # Below the first adapter nothing is kept for the backward pass anyway.
             recompute = training and self._checkpoint and slots
             hidden = (mx.checkpoint(run) if recompute else run)(own, hidden)
@@ -392,3 +382,18 @@ class Network:
         window = self._base.window
         layers = self._base.module.layers
         return [RotatingKVCache(max_size=window) if window else KVCache() for _ in layers]
+
+
+def _run_layer(
+    layer: nn.Module,
+    slots: Sequence[_Slot],
+    mask: mx.array | str | None,
+    cache: Any,
+    keys: mx.array | None,
+    parameters: Arrays,
+    hidden: mx.array,
+) -> mx.array:
+    """One decoder layer as a function of its adapter and its input: the last two are what `mx.checkpoint` keeps."""
+    for slot in slots:
+        slot.place(parameters, keys)
+    return layer(hidden, mask, cache=cache)

@@ -30,9 +30,7 @@ class Optimizer(Protocol):
         """What `update` needs of the learning rate and the step, which counts from 1."""
         ...
 
-    def update(
-        self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array
-    ) -> tuple[mx.array, Slots]:
+    def update(self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array) -> tuple[mx.array, Slots]:
         """New parameter and slots; `c` holds `coefficients` as float32."""
         ...
 
@@ -56,9 +54,7 @@ class AdamW:
             math.sqrt(1 - beta2**step),
         ]
 
-    def update(
-        self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array
-    ) -> tuple[mx.array, Slots]:
+    def update(self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array) -> tuple[mx.array, Slots]:
         decay, step_size, root_correction = c[0], c[1], c[2]
         beta1, beta2 = self.betas
         mean = slots["exp_avg"] + (1 - beta1) * (gradient - slots["exp_avg"])
@@ -81,15 +77,11 @@ class Lion:
     def coefficients(self, lr: float, step: int) -> list[float]:
         return [1 - lr * self.weight_decay, lr]
 
-    def update(
-        self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array
-    ) -> tuple[mx.array, Slots]:
+    def update(self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array) -> tuple[mx.array, Slots]:
         beta1, beta2 = self.betas
         mean = slots["exp_avg"]
         direction = mx.sign(beta1 * mean + (1 - beta1) * gradient)
-        return c[0] * parameter - c[1] * direction, {
-            "exp_avg": beta2 * mean + (1 - beta2) * gradient
-        }
+        return c[0] * parameter - c[1] * direction, {"exp_avg": beta2 * mean + (1 - beta2) * gradient}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +97,7 @@ class SGD:
     def coefficients(self, lr: float, step: int) -> list[float]:
         return [1 - lr * self.weight_decay, lr]
 
-    def update(
-        self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array
-    ) -> tuple[mx.array, Slots]:
+    def update(self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array) -> tuple[mx.array, Slots]:
         if not self.momentum:
             return c[0] * parameter - c[1] * gradient, {}
         velocity = self.momentum * slots["momentum"] + gradient
@@ -132,9 +122,7 @@ class Adafactor:
         rest = step**-0.8
         return [1 - lr * self.weight_decay, lr, 1 - rest, rest]
 
-    def update(
-        self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array
-    ) -> tuple[mx.array, Slots]:
+    def update(self, parameter: mx.array, gradient: mx.array, slots: Slots, c: mx.array) -> tuple[mx.array, Slots]:
         decay, lr, beta, rest = c[0], c[1], c[2], c[3]
         square = gradient * gradient + 1e-30
         row = beta * slots["row_var"] + rest * square.mean(axis=-1)

@@ -1,4 +1,4 @@
-"""A user's mistakes: one clear line that says what and where, one that says what to do, exit code 2, nothing written."""
+"""A user's mistakes: a line that says what and where, one that says what to do, exit code 2, nothing written."""
 
 from __future__ import annotations
 

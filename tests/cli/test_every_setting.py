@@ -19,11 +19,25 @@ from core.settings import field_names
 from tests.cli.conftest import Result, write_rows
 from tests.kill.campaign import outcome
 
-BASE = (
-    *("train", "--bits", "16", "--device", "cpu", "--backend", "cuda", "--batch-size", "2", "--accumulation", "2"),
-    *("--epochs", "1", "--eval-every", "2", "--max-tokens", "96", "--lr", "1e-2", "--rank", "4", "--alpha", "8"),
-    *("--dropout", "0.2", "--set", "log.every=2", "--set", "checkpoint.every=2"),
-)
+BASE = {
+    "model.bits": "16",
+    "device": "cpu",
+    "backend": "cuda",
+    "train.batch_size": "2",
+    "train.accumulation": "2",
+    "train.epochs": "1",
+    "eval.every": "2",
+    "data.max_tokens": "96",
+    "optim.lr": "1e-2",
+    "lora.rank": "4",
+    "lora.alpha": "8",
+    "lora.dropout": "0.2",
+    "log.every": "2",
+    "checkpoint.every": "2",
+    "model.path": "./model",
+    "data.path": "./rows.jsonl",
+    "output": "run",
+}
 
 # field -> the changed value, or (the changed value, settings that both runs need to show it)
 CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
@@ -37,7 +51,7 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "model.trust_remote_code": "true",
     "data.path": "./other.jsonl",
     "data.fields": "{prompt: completion, completion: prompt}",
-    "data.max_tokens": "64",
+    "data.max_tokens": "44",
     "data.train_on": "all",
     "data.validation": "0.4",
     "data.test": "0.2",
@@ -75,7 +89,7 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "guard.patience": ("1", ("optim.lr=1e-30", "train.epochs=3")),
     "guard.min_delta": ("10", ("guard.patience=1", "train.epochs=3")),
     "guard.grades": "[1.0e-6, 2.0e-6, 3.0e-6]",
-    "guard.relative_gap": ("1.0e-9", ("train.seed=3", "train.epochs=3")),
+    "guard.relative_gap": ("1.0e-9", ("train.seed=3", "train.epochs=8")),
     "guard.confidence": "0.5",
     "checkpoint.every": "1",
     "checkpoint.keep": ("1", ("checkpoint.every=1",)),
@@ -108,9 +122,9 @@ def everything(
     def run(assignments: tuple[str, ...]) -> dict[str, Any]:
         calls.clear()
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        settings = ["model.path=./model", "data.path=./rows.jsonl", "output=run", *assignments]
+        settings = [*(f"{name}={value}" for name, value in BASE.items()), *assignments]
         sets = [part for text in settings for part in ("--set", text)]
-        result = run_cli(*BASE, *sets)
+        result = run_cli("train", *sets)
         found: dict[str, Any] = {"code": result.code, "error": result.err, "says": _said(result.out)}
         found["calls"] = sorted(calls)
         if result.code == 0:
@@ -149,11 +163,16 @@ def _said(text: str) -> str:
     return re.sub(r"\d+:\d\d|[\d,]+ tok/s|[\d.]+ GB", "", text)
 
 
+_BEFORE: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_changing_it_changes_something(everything: Callable[..., dict[str, Any]], name: str) -> None:
     change = CHANGES[name]
     value, needs = (change, ()) if isinstance(change, str) else change
-    before = everything(needs)
+    if needs not in _BEFORE:
+        _BEFORE[needs] = everything(needs)
+    before = _BEFORE[needs]
     after = everything((*needs, f"{name}={value}"))
     # the settings file is allowed to differ and proves nothing; it is not part of the outcome
     different = [key for key in before.keys() | after.keys() if before.get(key) != after.get(key)]

@@ -173,7 +173,7 @@ def preload(backend: str) -> None:
         import torch
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-        import backends.cuda.learner  # noqa: F401
+        import backends.cuda.learner
 
         torch.set_num_threads(1)
     else:
