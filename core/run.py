@@ -41,7 +41,8 @@ def new_run_folder(output: str | None, *, data_name: str) -> Path:
     """
     if output is not None:
         path = Path(output)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # a lock alone was left by a process that was killed before it wrote anything
+        if path.exists() and (not path.is_dir() or {item.name for item in path.iterdir()} - {LOCK}):
             raise UserError(
                 f"{path}: already exists",
                 hint=f"choose another --output, or continue it with: python cli.py train --resume {path}",

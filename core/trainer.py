@@ -112,10 +112,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Progress:
-        gaps = {
-            name: None if values[name] is None else Gap(**values[name])
-            for name in ("best_gap", "last_gap")
-        }
+        gaps = {name: None if values[name] is None else Gap(**values[name]) for name in ("best_gap", "last_gap")}
         return cls(**{**values, **gaps, "window": Window(**values["window"])})
 
 
@@ -204,7 +201,7 @@ class Trainer:
         if checkpoints and step > 0:
             self._checkpoint_once()
         self._screen.show_step(step=step, epoch=step / self.plan.steps_per_epoch)
-        self._beat(force=logs)
+        self._beat(force=evaluates)
 
     @property
     def is_complete(self) -> bool:
@@ -267,9 +264,7 @@ class Trainer:
         self._count_seconds(began)
         return grad_norm
 
-    def _non_finite(
-        self, pending: _PendingStep, loss: float, grad_norm: float
-    ) -> NonFiniteLossError:
+    def _non_finite(self, pending: _PendingStep, loss: float, grad_norm: float) -> NonFiniteLossError:
         name, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
         rows = self._data.name_rows(pending.row_ids)
         return NonFiniteLossError(
@@ -305,9 +300,7 @@ class Trainer:
             "best_val_loss": self.stopping.best_loss if step else None,
             "time": self._elapsed(),
         }
-        self._screen.show_evaluation(
-            gap, step=step, is_best=is_best, patience_left=self.stopping.patience_left
-        )
+        self._screen.show_evaluation(gap, step=step, is_best=is_best, patience_left=self.stopping.patience_left)
         self._screen.show_phase("training")
         return is_best
 
@@ -337,9 +330,7 @@ class Trainer:
 
     def _record(self, step: int, *, lr: float | None, grad_norm: float | None) -> dict[str, Any]:
         window, memory = self.progress.window, self.learner.memory()
-        self.progress.peak_memory_bytes = max(
-            self.progress.peak_memory_bytes, memory.peak_bytes
-        )
+        self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, memory.peak_bytes)
         self.progress.window = Window()
         return {
             "step": step,
@@ -386,9 +377,7 @@ class Trainer:
         self.progress = Progress.from_dict(checkpoint.trainer["progress"])
         self.stopping.load_state_dict(checkpoint.trainer["early_stopping"])
         self._last_checkpoint = checkpoint.step
-        self._screen.show_step(
-            step=checkpoint.step, epoch=checkpoint.step / self.plan.steps_per_epoch
-        )
+        self._screen.show_step(step=checkpoint.step, epoch=checkpoint.step / self.plan.steps_per_epoch)
 
     def _elapsed(self) -> float:
         """Seconds of training over all processes of this run."""

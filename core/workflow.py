@@ -9,45 +9,35 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 import backends
 from core.adapter import Adapter, plan_adapter
-from core.adapter_files import PEFT_WEIGHTS, write_adapter
+from core.adapter_files import PEFT_WEIGHTS
 from core.architecture import Architecture, read_architecture
-from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig, to_plain
-from core.errors import OutOfMemoryError, UserError
-from core.files import disk_errors, write_atomic
-from core.handoff import check_saved, read_saved
-from core.journal import Journal
+from core.errors import UserError
+from core.files import disk_errors
+from core.handoff import read_saved
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
-from core.plots import write_training_curves
-from core.protocols import Backend, DeviceReport, Learner, Tensors, TrainState
-from core.row_losses import read_row_losses
+from core.protocols import Backend, DeviceReport, Learner, TrainState
 from core.run import (
     ADAPTERS,
     COMPLETE,
     CONFIG,
-    LOG,
     RunLock,
-    RunState,
     new_run_folder,
     read_state,
-    write_summary,
 )
-from core.screen import TrainScreen, count, logging_to, logging_to_file
+from core.screen import logging_to
+from core.session import Session
 from core.settings import Settings, load_config
-from core.signals import InterruptFlag
-from core.trainer import Trainer, plan_steps
-from core.verdict import summarize, verdict_lines
 from data.dataset import load_data
 from data.prompt import decode, render_prompt
 from data.tokenize import load_tokenizer
@@ -102,7 +92,7 @@ def train(settings: Settings, *, console: Console) -> int:
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             with RunLock(folder):
-                return _run(job, learner, folder, console=console, is_new=True)
+                return Session(job, learner, folder, console=console).begin()
 
 
 def resume(folder: Path, *, console: Console) -> int:
@@ -121,7 +111,7 @@ def resume(folder: Path, *, console: Console) -> int:
         with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
             job = prepare(load_config(folder / CONFIG), choose_bits=False)
             with _opened(job) as learner:
-                return _run(job, learner, folder, console=console, is_new=False)
+                return Session(job, learner, folder, console=console).resume()
 
 
 def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> int:
@@ -173,9 +163,7 @@ def _backend(config: RunConfig) -> tuple[Backend, DeviceReport]:
     backend = backends.get(config.backend)
     device = backend.probe(config.device)
     if not device.available:
-        raise UserError(
-            f"backend {backend.name}: {device.problem}", hint="see: python cli.py doctor"
-        )
+        raise UserError(f"backend {backend.name}: {device.problem}", hint="see: python cli.py doctor")
     return backend, device
 
 
@@ -258,269 +246,3 @@ def _opened(job: Job) -> Iterator[Learner]:
         yield learner
     finally:
         learner.close()
-
-
-# --- running ----------------------------------------------------------------------------------------------------------
-
-
-def _run(job: Job, learner: Learner, folder: Path, *, console: Console, is_new: bool) -> int:
-    with ExitStack() as stack:
-        if is_new:
-            _write_config(folder, job.config)
-        checkpointer = Checkpointer(folder, keep=job.config.checkpoint.keep)
-        checkpoint = None if is_new else _checkpoint_of(job, checkpointer, folder)
-        state = RunState(folder, _facts(job, learner, read_state(folder).get("started")))
-        stack.enter_context(logging_to_file(folder / LOG))
-        flag = stack.enter_context(InterruptFlag())
-        kept = checkpoint.trainer["journal_bytes"] if checkpoint else 0
-        journal = Journal(folder, keep_bytes=kept)
-        stack.callback(journal.close)
-        _announce(job, learner, folder, checkpoint)
-        screen = TrainScreen(total_steps=_total_steps(job), console=console)
-        trainer = Trainer(
-            config=job.config,
-            learner=learner,
-            data=job.data,
-            folder=folder,
-            journal=journal,
-            checkpointer=checkpointer,
-            screen=screen,
-            save_best=lambda tensors: _write_adapters(job, folder, tensors),
-            heartbeat=lambda values: state.update(status="running", **values),
-            should_interrupt=flag,
-            identity=job.identity,
-        )
-        status = _guarded(job, trainer, checkpoint, screen, state, folder)
-        return _finish(job, trainer, status, checkpointer, state, folder, console, flag)
-
-
-def _guarded(
-    job: Job,
-    trainer: Trainer,
-    checkpoint: Checkpoint | None,
-    screen: TrainScreen,
-    state: RunState,
-    folder: Path,
-) -> str:
-    """The loop; whatever ends it badly is written into the state file before it is raised again."""
-    first_step = checkpoint.step if checkpoint else 0
-    try:
-        with screen.live(first_step=first_step):
-            return trainer.run(checkpoint)
-    except OutOfMemoryError as error:
-        mended = OutOfMemoryError(error.what, hint=_memory_hint(job))
-        _record_failure(job, trainer, state, folder, mended)
-        raise mended from error
-    except BaseException as error:
-        _record_failure(job, trainer, state, folder, error)
-        raise
-
-
-def _record_failure(
-    job: Job, trainer: Trainer, state: RunState, folder: Path, error: BaseException
-) -> None:
-    reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    _log_to_file_only(f"{status}: {reason}")
-    try:
-        state.update(status=status, error=reason)
-        write_summary(folder, _summary(job, trainer, status, error=reason))
-    except (UserError, OSError):
-        # the disk may be what failed; the reason is on its way to the user anyway
-        return
-
-
-def _log_to_file_only(line: str) -> None:
-    for handler in _log.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.emit(_log.makeRecord("twinkeel", logging.ERROR, "", 0, line, (), None))
-
-
-def _finish(
-    job: Job,
-    trainer: Trainer,
-    status: str,
-    checkpointer: Checkpointer,
-    state: RunState,
-    folder: Path,
-    console: Console,
-    flag: InterruptFlag,
-) -> int:
-    """Restores and checks the best adapter, writes summary and plot, and says the verdict."""
-    state.update(phase="saving")
-    if status != "interrupted":
-        _restore_best(job, trainer, checkpointer, folder)
-    summary = _summary(job, trainer, status)
-    write_summary(folder, summary)
-    write_training_curves(folder)
-    state.update(status=status, phase="ended", elapsed_seconds=summary["wall_seconds"])
-    lines = verdict_lines(
-        summary,
-        gap=trainer.progress.best_gap,
-        guard=job.config.guard,
-        folder=folder,
-        next_command=f'python cli.py generate {folder} --prompt "…"',
-    )
-    console.print()
-    for line in lines:
-        _log.info(line)
-    return flag.exit_code if status == "interrupted" else 0
-
-
-def _restore_best(job: Job, trainer: Trainer, checkpointer: Checkpointer, folder: Path) -> None:
-    """Leaves the best adapter in the learner and in `adapters/`, and checks what was saved on held-out rows."""
-    best_step = trainer.stopping.best_step
-    best = checkpointer.read(best_step)
-    trained, base = read_row_losses(folder, best_step), read_row_losses(folder, 0)
-    assert best is not None and trained is not None and base is not None
-    adapter = _write_adapters(job, folder, best.state.adapter)
-    report = check_saved(
-        folder / ADAPTERS,
-        adapter,
-        learner=trainer.learner,
-        batches=job.data.validation,
-        trained=trained[0],
-        base=base[0],
-    )
-    if report.problem is not None:
-        _log.warning("%s: %s", folder / ADAPTERS, report.problem)
-
-
-def _write_adapters(job: Job, folder: Path, tensors: Tensors) -> Adapter:
-    adapter = job.adapter.with_tensors(
-        {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
-    )
-    write_adapter(folder / ADAPTERS, adapter, base_model=job.model.name)
-    return adapter
-
-
-def _summary(
-    job: Job, trainer: Trainer, status: str, *, error: str | None = None
-) -> dict[str, Any]:
-    return summarize(
-        trainer,
-        config=job.config,
-        model=job.model.name,
-        status=status,
-        num_train_rows=job.data.num_train_rows,
-        num_val_rows=job.data.num_val_rows,
-        error=error,
-    )
-
-
-# --- small parts ------------------------------------------------------------------------------------------------------
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-    import yaml
-
-    plain = to_plain(_with(config, output=None))
-    text = "# The settings of this run, fully resolved. Repeat it with: python cli.py train --config FILE\n"
-    write_atomic(folder / CONFIG, text + yaml.safe_dump(plain, sort_keys=False))
-
-
-def _checkpoint_of(job: Job, checkpointer: Checkpointer, folder: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to begin anew.
-
-    Raises:
-        UserError: it belongs to another model, other data or other settings.
-    """
-    checkpoint = checkpointer.latest()
-    if checkpoint is None:
-        _log.info("no checkpoint yet: starting from the first step")
-        return None
-    saved = checkpoint.trainer["identity"]
-    changed = [name for name, value in job.identity.items() if saved.get(name) != value]
-    if changed:
-        where = {
-            "model": f"model.path {job.config.model.path}",
-            "data": f"data.path {job.config.data.path}",
-            "settings": f"{folder / CONFIG}",
-        }
-        raise UserError(
-            f"{folder}: the {' and the '.join(changed)} changed since step {checkpoint.step} "
-            f"({', '.join(where[name] for name in changed)})",
-            hint="put it back, or start a new run with: python cli.py train",
-        )
-    return checkpoint
-
-
-def _facts(job: Job, learner: Learner, started: float | None) -> dict[str, Any]:
-    """What `monitor` shows of a run and the loop does not change."""
-    config, plan = job.config, plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch)
-    facts: dict[str, Any] = {
-        "backend": config.backend,
-        "model": job.model.name,
-        "data": job.data.name,
-        "bits": config.model.bits,
-        "precision": learner.description,
-        "rank": config.lora.rank,
-        "device": job.device.device,
-        "num_train_rows": job.data.num_train_rows,
-        "num_val_rows": job.data.num_val_rows,
-        "num_parameters": learner.num_parameters,
-        "num_trainable": learner.num_trainable,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "total_steps": plan.total_steps,
-        "epochs": config.train.epochs,
-        "eval_every": config.eval.every,
-        "patience": config.guard.patience,
-        "memory_total_gb": learner.memory().total_bytes / 1e9,
-        "phase": "loading",
-        "step": 0,
-    }
-    return facts if started is None else facts | {"started": started}
-
-
-def _total_steps(job: Job) -> int:
-    return plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch).total_steps
-
-
-def _announce(job: Job, learner: Learner, folder: Path, checkpoint: Checkpoint | None) -> None:
-    """What will be trained on what."""
-    config, data = job.config, job.data
-    adapted = f"{job.adapter.num_layers - job.adapter.first_layer} of {job.adapter.num_layers} layers"
-    _log.info("twinkeel · %s", folder)
-    _log.info("  model    %s · %s · %s", job.model.name, config.backend, learner.description)
-    _log.info(
-        "  adapter  rank %d on %s in %s · %s of %s parameters",
-        config.lora.rank,
-        " ".join(key.rsplit(".", 1)[-1] for key in job.adapter.layer_keys),
-        adapted,
-        count(learner.num_trainable),
-        count(learner.num_parameters),
-    )
-    _log.info(
-        "  data     %s · %d + %d rows · %s target tokens an epoch · %.1f %% padding",
-        data.name,
-        data.num_train_rows,
-        data.num_val_rows,
-        count(data.num_targets),
-        100 * data.padding,
-    )
-    _log.info(
-        "  plan     %d steps of %d rows, %s epochs · watch it with: python cli.py monitor",
-        _total_steps(job),
-        config.train.batch_size * config.train.accumulation,
-        f"{config.train.epochs:g}",
-    )
-    if checkpoint is not None:
-        _log.info("  resumed  after step %d, from %s", checkpoint.step, checkpoint.path)
-
-
-def _memory_hint(job: Job) -> str:
-    """Which setting to lower, and by what."""
-    train = job.config.train
-    if train.batch_size > 1:
-        half = train.batch_size // 2
-        return (
-            f"same training in less memory: --batch-size {half} --accumulation "
-            f"{train.accumulation * train.batch_size // half}"
-        )
-    if train.gradient_checkpointing is not True:
-        return "same training in less memory: --set train.gradient_checkpointing=true"
-    if job.config.model.bits == 16:
-        return "hold the base in 4 bits: --set model.bits=4"
-    return f"shorter rows: --set data.max_tokens={max(job.data.longest_row // 2, 8)}"
-
-

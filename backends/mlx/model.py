@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("twinkeel")
 
 GROUP_SIZE = 64
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")
+_YARN_KEYS = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+"""What mlx-lm's YaRN reads the way that transformers does."""
 _DEFAULT_THETA = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}
 """transformers' defaults, by model_type."""
 
@@ -111,33 +113,43 @@ def _mlx_settings(name: str, raw: dict[str, Any], architecture: Architecture) ->
     transformers 5 saves `rope_parameters`; mlx-lm reads `rope_theta` and `rope_scaling` and falls back to theta 10000
     in silence. Its default for `tie_word_embeddings` is the opposite of transformers'.
     """
-
-    def refuse(field: str, value: object) -> UserError:
-        return UserError(
+    scaling = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta") or _DEFAULT_THETA[architecture.model_type]
+    old_name = scaling.pop("type", None)
+    scaling.setdefault("rope_type", old_name)
+    if unsupported := _unsupported(raw, scaling, architecture):
+        field, value = unsupported
+        raise UserError(
             f"{name}: {field} {value!r} is not supported by the mlx backend",
             hint="use --backend cuda (it runs on a CPU, too) or another model",
         )
-
-    new_style = raw.get("rope_parameters") or {}
-    scaling = dict(new_style or raw.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or raw.get("rope_theta")
-    rope_type = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type not in _ROPE_TYPES:
-        raise refuse("rope_type", rope_type)
-    for field in ("attention_factor", "truncate", "partial_rotary_factor"):
-        if scaling.get(field) not in (None, 1.0):
-            raise refuse(f"rope_parameters.{field}", scaling[field])
-    if raw.get("hidden_act", "silu") != "silu":
-        raise refuse("hidden_act", raw["hidden_act"])
-    natural_head_dim = architecture.hidden_size // architecture.num_heads
-    if architecture.is_moe and architecture.head_dim != natural_head_dim:
-        raise refuse("head_dim", architecture.head_dim)
+    if architecture.max_positions:
+        scaling.setdefault("original_max_position_embeddings", architecture.max_positions)
     return {
-        "rope_theta": theta or _DEFAULT_THETA[architecture.model_type],
-        "rope_scaling": None if rope_type == "default" else {**scaling, "rope_type": rope_type},
+        "rope_theta": theta,
+        "rope_scaling": scaling if scaling["rope_type"] not in (None, "default") else None,
         "tie_word_embeddings": architecture.tied_embeddings,
         "layer_types": None,
     }
+
+
+def _unsupported(raw: dict[str, Any], scaling: dict[str, Any], architecture: Architecture) -> tuple[str, object] | None:
+    """The first setting that mlx-lm's three families don't know and would pass over."""
+    natural_head_dim = architecture.hidden_size // architecture.num_heads
+    if architecture.is_moe and architecture.head_dim != natural_head_dim:
+        return "head_dim", architecture.head_dim
+    if raw.get("hidden_act", "silu") != "silu":
+        return "hidden_act", raw["hidden_act"]
+    for values in (raw, scaling):
+        if values.get("partial_rotary_factor") not in (None, 1.0):
+            return "partial_rotary_factor", values["partial_rotary_factor"]
+    if scaling["rope_type"] not in _ROPE_TYPES:
+        return "rope_type", scaling["rope_type"]
+    if scaling["rope_type"] == "yarn":
+        for key in scaling.keys() - _YARN_KEYS:
+            if scaling[key] is not None and (key, scaling[key]) != ("truncate", True):
+                return f"rope_parameters.{key}", scaling[key]
+    return None
 
 
 def _window(raw: dict[str, Any]) -> int | None:

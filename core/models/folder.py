@@ -26,9 +26,7 @@ def check_model_folder(folder: Path, *, name: str | None = None) -> None:
     for path in weight_files(folder, name=name):
         read_header(path)
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"{name} has no tokenizer.json{_other_tokenizer(folder)}", hint=_TOKENIZER_HINT
-        )
+        raise UserError(f"{name} has no tokenizer.json{_other_tokenizer(folder)}", hint=_TOKENIZER_HINT)
 
 
 def weight_files(folder: Path, *, name: str | None = None) -> list[Path]:
@@ -42,9 +40,7 @@ def weight_files(folder: Path, *, name: str | None = None) -> list[Path]:
         return listed
     # Mistral's consolidated files hold the same weights under names that nothing here reads.
     found = [
-        path
-        for path in sorted(folder.glob("*.safetensors"))
-        if not path.name.startswith(("consolidated", "adapter"))
+        path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("consolidated", "adapter"))
     ]
     if not found:
         raise _no_weights(folder, name)
@@ -77,22 +73,17 @@ def read_header(path: Path) -> dict[str, Any]:
         text = file.read(length) if len(start) == 8 and length < _MAX_HEADER_BYTES else b""
     try:
         header: dict[str, Any] = json.loads(text)
-        end = max(
-            (e["data_offsets"][1] for key, e in header.items() if key != "__metadata__"), default=0
-        )
+        end = max((e["data_offsets"][1] for key, e in header.items() if key != "__metadata__"), default=0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         pointer = " (it is a Git LFS pointer: run `git lfs pull`)" if start == b"version " else ""
-        raise UserError(
-            f"{path} is not a safetensors file{pointer}", hint="copy or download it again"
-        ) from error
+        raise UserError(f"{path} is not a safetensors file{pointer}", hint="copy or download it again") from error
     if path.stat().st_size != 8 + length + end:
         raise UserError(f"{path} is cut short or damaged", hint="copy or download it again")
     return header
 
 
 _TOKENIZER_HINT = (
-    "save one beside the model: "
-    'AutoTokenizer.from_pretrained("FOLDER").save_pretrained("FOLDER") in transformers'
+    'save one beside the model: AutoTokenizer.from_pretrained("FOLDER").save_pretrained("FOLDER") in transformers'
 )
 
 
@@ -107,12 +98,8 @@ def _check_config(folder: Path, name: str) -> None:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise UserError(
-                f"{name} is an adapter, not a model", hint="give the model it was trained on"
-            )
-        raise UserError(
-            f"{name} has no config.json", hint="give a model folder in Hugging Face layout"
-        )
+            raise UserError(f"{name} is an adapter, not a model", hint="give the model it was trained on")
+        raise UserError(f"{name} has no config.json", hint="give a model folder in Hugging Face layout")
     _read_object(path, name)
 
 
@@ -120,9 +107,7 @@ def _read_object(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(
-            f"{name}: {path.name} is not JSON ({error})", hint="copy or download it again"
-        ) from error
+        raise UserError(f"{name}: {path.name} is not JSON ({error})", hint="copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{name}: {path.name} is not a JSON object", hint="download it again")
     return content
@@ -146,8 +131,7 @@ def _no_weights(folder: Path, name: str) -> UserError:
     if any(folder.glob("*.bin")):
         return UserError(
             f"{what}, only *.bin, which can run code and is not read",
-            hint="convert it with transformers: "
-            'AutoModelForCausalLM.from_pretrained("FOLDER").save_pretrained("NEW")',
+            hint='convert it with transformers: AutoModelForCausalLM.from_pretrained("FOLDER").save_pretrained("NEW")',
         )
     return UserError(what, hint="give a model folder in Hugging Face layout")
 

@@ -82,9 +82,7 @@ def undo_permute(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def read_weights(
-    reader: GGUFReader, meta: Mapping[str, Any], gguf_path: Path
-) -> dict[str, np.ndarray]:
+def read_weights(reader: GGUFReader, meta: Mapping[str, Any], gguf_path: Path) -> dict[str, np.ndarray]:
     """Hugging Face name -> float16 array, [out, in] for a matrix. An unknown tensor is an error."""
     from gguf import quants
 

@@ -153,11 +153,7 @@ def _transport_errors() -> tuple[type[Exception], ...]:
     """The base of the HTTP client's errors; huggingface_hub changes clients between versions."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    return tuple(
-        base
-        for base in HfHubHTTPError.__bases__
-        if issubclass(base, Exception) and base is not OSError
-    )
+    return tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception) and base is not OSError)
 
 
 def _translate(error: Exception, hub_id: str, revision: str | None) -> UserError | None:
@@ -173,9 +169,7 @@ def _translate(error: Exception, hub_id: str, revision: str | None) -> UserError
             hint="accept the licence on the model's page and set HF_TOKEN",
         )
     if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(
-            f"{hub_id} has no revision {revision or 'main'}", hint="check model.revision"
-        )
+        return UserError(f"{hub_id} has no revision {revision or 'main'}", hint="check model.revision")
     if isinstance(error, errors.RepositoryNotFoundError):
         return UserError(
             f"{hub_id} is not on the hub, or is private",
@@ -199,9 +193,7 @@ def _http_error(hub_id: str, status: int) -> UserError:
     if status == 401:
         return UserError(f"{hub_id} needs a valid token", hint="set HF_TOKEN, or log in again")
     if status == 403:
-        return UserError(
-            f"{hub_id} may not be downloaded with this token", hint="check the token's permissions"
-        )
+        return UserError(f"{hub_id} may not be downloaded with this token", hint="check the token's permissions")
     return HubUnavailableError(
         f"{hub_id} cannot be downloaded now (the hub answered {status})",
         hint="try again later: what has arrived is kept",

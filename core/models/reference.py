@@ -132,9 +132,7 @@ def choose_reference(
             continue
         fit = f"needs {_gigabytes(need)} of {_gigabytes(memory_bytes)}"
         return model.hub_id, _note(model.label, [fit, *passed_over])
-    return QUICKSTART_MODEL, _note(
-        smallest, [f"{_gigabytes(memory_bytes)} available", *passed_over]
-    )
+    return QUICKSTART_MODEL, _note(smallest, [f"{_gigabytes(memory_bytes)} available", *passed_over])
 
 
 def needed_bytes(model: ReferenceModel, *, backend: str, bits: int) -> int:

@@ -112,9 +112,7 @@ def _problem_with(hub_id: str, *, offline: bool) -> str | None:
     return hub.access_problem(hub_id)
 
 
-def _resolved(
-    folder: Path, *, name: str, source: Source, revision: str | None = None, note: str = ""
-) -> ResolvedModel:
+def _resolved(folder: Path, *, name: str, source: Source, revision: str | None = None, note: str = "") -> ResolvedModel:
     return ResolvedModel(
         path=folder,
         name=name,

@@ -180,9 +180,7 @@ def _write_manifest(folder: Path) -> None:
         "source": f"{PACKAGE} {VERSION}",
         "gguf_sha256": GGUF_SHA256,
         "conversion": _CONVERSION,
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-        },
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 

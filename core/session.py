@@ -1,0 +1,267 @@
+"""One run of a prepared job in its folder: the trainer put together, failures written down, the verdict said."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from core.adapter import Adapter
+from core.adapter_files import write_adapter
+from core.checkpoint import Checkpoint, Checkpointer
+from core.config import RunConfig, to_plain
+from core.errors import OutOfMemoryError, UserError
+from core.files import write_atomic
+from core.handoff import check_saved
+from core.journal import Journal
+from core.plots import write_training_curves
+from core.protocols import Learner, Tensors
+from core.row_losses import read_row_losses
+from core.run import ADAPTERS, CONFIG, LOG, RunState, read_state, write_summary
+from core.screen import TrainScreen, count, logging_to_file
+from core.signals import InterruptFlag
+from core.trainer import Trainer, plan_steps
+from core.verdict import summarize, verdict_lines
+
+if TYPE_CHECKING:
+    from core.workflow import Job
+
+_log = logging.getLogger("twinkeel")
+
+
+class Session:
+    """Holds what a run needs while it runs. The caller has locked the folder and closes the learner."""
+
+    def __init__(self, job: Job, learner: Learner, folder: Path, *, console: Console) -> None:
+        self._job = job
+        self._config = job.config
+        self._learner = learner
+        self._folder = folder
+        self._console = console
+        self._plan = plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch)
+
+    def begin(self) -> int:
+        """Runs from the first step; returns the exit code."""
+        _write_config(self._folder, self._config)
+        return self._run(Checkpointer(self._folder, keep=self._config.checkpoint.keep), None)
+
+    def resume(self) -> int:
+        """Goes on from the newest good checkpoint, or from the first step when there is none.
+
+        Raises:
+            UserError: the checkpoint belongs to another model, other data or other settings.
+        """
+        checkpointer = Checkpointer(self._folder, keep=self._config.checkpoint.keep)
+        checkpoint = checkpointer.latest()
+        if checkpoint is None:
+            _log.info("no checkpoint yet: starting from the first step")
+        else:
+            self._refuse_changes(checkpoint)
+        return self._run(checkpointer, checkpoint)
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    def _run(self, checkpointer: Checkpointer, checkpoint: Checkpoint | None) -> int:
+        with ExitStack() as stack:
+            self._checkpointer = checkpointer
+            self._state = RunState(self._folder, self._facts())
+            stack.enter_context(logging_to_file(self._folder / LOG))
+            flag = stack.enter_context(InterruptFlag())
+            journal = Journal(self._folder, keep_bytes=checkpoint.trainer["journal_bytes"] if checkpoint else 0)
+            stack.callback(journal.close)
+            self._announce(checkpoint)
+            screen = TrainScreen(total_steps=self._plan.total_steps, console=self._console)
+            self._trainer = self._make_trainer(journal, screen, flag)
+            with screen.live(first_step=checkpoint.step if checkpoint else 0):
+                status = self._train(checkpoint)
+            return self._finish(status, flag)
+
+    def _make_trainer(self, journal: Journal, screen: TrainScreen, flag: InterruptFlag) -> Trainer:
+        return Trainer(
+            config=self._config,
+            learner=self._learner,
+            data=self._job.data,
+            folder=self._folder,
+            journal=journal,
+            checkpointer=self._checkpointer,
+            screen=screen,
+            save_best=self._write_adapters,
+            heartbeat=lambda values: self._state.update(status="running", **values),
+            should_interrupt=flag,
+            identity=self._job.identity,
+        )
+
+    def _train(self, checkpoint: Checkpoint | None) -> str:
+        """The loop; whatever ends it badly is written down before it is raised again."""
+        try:
+            return self._trainer.run(checkpoint)
+        except OutOfMemoryError as error:
+            mended = OutOfMemoryError(error.what, hint=self._memory_hint())
+            self._record_failure(mended)
+            raise mended from error
+        except BaseException as error:
+            self._record_failure(error)
+            raise
+
+    def _record_failure(self, error: BaseException) -> None:
+        reason = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        _log_to_file_only(f"{status}: {reason}")
+        try:
+            self._state.update(status=status, error=reason)
+            write_summary(self._folder, self._summary(status, error=reason))
+        except (UserError, OSError):
+            # the disk may be what failed; the reason is on its way to the user anyway
+            return
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _finish(self, status: str, flag: InterruptFlag) -> int:
+        """Restores and checks the best adapter, writes summary and plot, and says the verdict."""
+        self._state.update(phase="saving")
+        if status != "interrupted":
+            self._restore_best()
+        summary = self._summary(status)
+        write_summary(self._folder, summary)
+        write_training_curves(self._folder)
+        self._state.update(status=status, phase="ended", elapsed_seconds=summary["wall_seconds"])
+        lines = verdict_lines(
+            summary,
+            gap=self._trainer.progress.best_gap,
+            guard=self._config.guard,
+            folder=self._folder,
+            next_command=f'python cli.py generate {self._folder} --prompt "…"',
+        )
+        for line in ["", *lines]:
+            _log.info(line)
+        return flag.exit_code if status == "interrupted" else 0
+
+    def _restore_best(self) -> None:
+        """Leaves the best adapter in the learner and in `adapters/`, and checks what was saved on held-out rows."""
+        best_step = self._trainer.stopping.best_step
+        best = self._checkpointer.read(best_step)
+        trained, base = read_row_losses(self._folder, best_step), read_row_losses(self._folder, 0)
+        assert best is not None and trained is not None and base is not None
+        report = check_saved(
+            self._folder / ADAPTERS,
+            self._write_adapters(best.state.adapter),
+            learner=self._learner,
+            batches=self._job.data.validation,
+            trained=trained[0],
+            base=base[0],
+        )
+        if report.problem is not None:
+            _log.warning("%s: %s", self._folder / ADAPTERS, report.problem)
+
+    def _write_adapters(self, tensors: Tensors) -> Adapter:
+        adapter = self._job.adapter.with_tensors(
+            {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
+        )
+        write_adapter(self._folder / ADAPTERS, adapter, base_model=self._job.model.name)
+        return adapter
+
+    def _summary(self, status: str, *, error: str | None = None) -> dict[str, Any]:
+        return summarize(
+            self._trainer,
+            config=self._config,
+            model=self._job.model.name,
+            status=status,
+            num_train_rows=self._job.data.num_train_rows,
+            num_val_rows=self._job.data.num_val_rows,
+            error=error,
+        )
+
+    # --- what it says -------------------------------------------------------------------------------------------------
+
+    def _refuse_changes(self, checkpoint: Checkpoint) -> None:
+        saved = checkpoint.trainer["identity"]
+        changed = [name for name, value in self._job.identity.items() if saved.get(name) != value]
+        if not changed:
+            return
+        where = {
+            "model": f"model.path {self._config.model.path}",
+            "data": f"data.path {self._config.data.path}",
+            "settings": f"{self._folder / CONFIG}",
+        }
+        raise UserError(
+            f"{self._folder}: the {' and the '.join(changed)} changed since step {checkpoint.step} "
+            f"({', '.join(where[name] for name in changed)})",
+            hint="put it back, or start a new run with: python cli.py train",
+        )
+
+    def _facts(self) -> dict[str, Any]:
+        """What `monitor` shows of a run and the loop does not change."""
+        config, job, started = self._config, self._job, read_state(self._folder).get("started")
+        facts: dict[str, Any] = {
+            "backend": config.backend,
+            "model": job.model.name,
+            "data": job.data.name,
+            "bits": config.model.bits,
+            "precision": self._learner.description,
+            "rank": config.lora.rank,
+            "device": job.device.device,
+            "num_train_rows": job.data.num_train_rows,
+            "num_val_rows": job.data.num_val_rows,
+            "num_parameters": self._learner.num_parameters,
+            "num_trainable": self._learner.num_trainable,
+            "steps_per_epoch": self._plan.steps_per_epoch,
+            "total_steps": self._plan.total_steps,
+            "epochs": config.train.epochs,
+            "eval_every": config.eval.every,
+            "patience": config.guard.patience,
+            "memory_total_gb": self._learner.memory().total_bytes / 1e9,
+            "phase": "loading",
+            "step": 0,
+        }
+        return facts if started is None else facts | {"started": started}
+
+    def _announce(self, checkpoint: Checkpoint | None) -> None:
+        """What will be trained on what."""
+        config, data, adapter = self._config, self._job.data, self._job.adapter
+        names = " ".join(key.rsplit(".", 1)[-1] for key in adapter.layer_keys)
+        layers = f"{adapter.num_layers - adapter.first_layer} of {adapter.num_layers} layers"
+        lines = [
+            f"twinkeel · {self._folder}",
+            f"  model    {self._job.model.name} · {config.backend} · {self._learner.description}",
+            f"  adapter  rank {config.lora.rank} on {names} in {layers} · "
+            f"{count(self._learner.num_trainable)} of {count(self._learner.num_parameters)} parameters",
+            f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
+            f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
+            f"  plan     {self._plan.total_steps} steps of {config.train.batch_size * config.train.accumulation} rows, "
+            f"{config.train.epochs:g} epochs · watch it with: python cli.py monitor",
+        ]
+        if checkpoint is not None:
+            lines.append(f"  resumed  after step {checkpoint.step}, from {checkpoint.path}")
+        for line in lines:
+            _log.info(line)
+
+    def _memory_hint(self) -> str:
+        """Which setting to lower, and by what."""
+        train = self._config.train
+        if train.batch_size > 1:
+            half = train.batch_size // 2
+            accumulation = train.accumulation * train.batch_size // half
+            return f"same training in less memory: --batch-size {half} --accumulation {accumulation}"
+        if train.gradient_checkpointing is not True:
+            return "same training in less memory: --set train.gradient_checkpointing=true"
+        if self._config.model.bits == 16:
+            return "hold the base in 4 bits: --bits 4"
+        return f"shorter rows: --max-tokens {max(self._job.data.longest_row // 2, 8)}"
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    import yaml
+
+    plain = to_plain(config.model_copy(update={"output": None}))
+    text = "# The settings of this run, fully resolved. Repeat it with: python cli.py train --config FILE\n"
+    write_atomic(folder / CONFIG, text + yaml.safe_dump(plain, sort_keys=False))
+
+
+def _log_to_file_only(line: str) -> None:
+    for handler in _log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.emit(_log.makeRecord("twinkeel", logging.ERROR, "", 0, line, (), None))
