@@ -40,7 +40,9 @@ def run(preset: str, *, backend: str, seed: int, epochs: int | None, folder: Pat
 
 def row(preset: str, result: dict[str, Any]) -> str:
     gap = f"{result['gap']:.3f} [{result['gap_low']:.3f}, {result['gap_high']:.3f}]"
-    end = f"stopped early at {result['steps']}" if result["status"] == "early_stopped" else f"all {result['steps']} steps"
+    end = (
+        f"stopped early at {result['steps']}" if result["status"] == "early_stopped" else f"all {result['steps']} steps"
+    )
     return (
         f"| `{preset}` | {result['base_val_loss']:.3f} | {result['best_val_loss']:.3f} | {result['probe_loss']:.3f} | "
         f"{gap} | {result['grade']} | {result['final_val_loss']:.3f} / {result['final_gap']:.3f} | "

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from core.files import disk_errors, write_atomic
 from core.protocols import FloatArray, IntArray, RowLosses
 from core.run import ROW_LOSSES
@@ -25,9 +27,10 @@ def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses, prob
         folder.mkdir(exist_ok=True)
     tensors: dict[str, IntArray | FloatArray] = {}
     for split, losses in zip(_SPLITS, (validation, probe), strict=True):
-        tensors[f"{split}.row_ids"] = losses.row_ids
-        tensors[f"{split}.nll"] = losses.nll
-        tensors[f"{split}.num_targets"] = losses.num_targets
+        # safetensors writes the memory as it lies: a view would be saved wrongly
+        tensors[f"{split}.row_ids"] = np.ascontiguousarray(losses.row_ids)
+        tensors[f"{split}.nll"] = np.ascontiguousarray(losses.nll)
+        tensors[f"{split}.num_targets"] = np.ascontiguousarray(losses.num_targets)
     write_atomic(_path(run_folder, step), save(tensors))
 
 

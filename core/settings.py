@@ -292,18 +292,19 @@ def _nearest(name: str) -> str | None:
 
 def differences(one: RunConfig, other: RunConfig, *, ignore: Iterable[str] = ()) -> list[str]:
     """`lora.rank: 8 -> 16` for every setting that differs."""
-    left, right = dict(_values(one, "")), dict(_values(other, ""))
+    left, right = dict(values(one)), dict(values(other))
     ignored = set(ignore)
     return [
         f"{name}: {left[name]} -> {right[name]}" for name in left if left[name] != right[name] and name not in ignored
     ]
 
 
-def _values(section: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
+def values(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every setting."""
     for name in type(section).model_fields:
         value = getattr(section, name)
         if isinstance(value, BaseModel):
-            yield from _values(value, f"{prefix}{name}.")
+            yield from values(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -314,7 +315,7 @@ def show(settings: Settings) -> str:
 
     lines: list[str] = []
     section = ""
-    for name, value in _values(settings.config, ""):
+    for name, value in values(settings.config):
         head, _, leaf = name.rpartition(".")
         if head != section:
             section = head
@@ -335,4 +336,5 @@ __all__ = [
     "preset_names",
     "resolve",
     "show",
+    "values",
 ]

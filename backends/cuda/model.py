@@ -127,7 +127,10 @@ def _read(model: ResolvedModel, options: dict[str, Any]) -> tuple[PreTrainedMode
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            base, info = AutoModelForCausalLM.from_pretrained(model.path, output_loading_info=True, **options)
+            # mismatched sizes are let through here and refused by name in _check_loaded
+            base, info = AutoModelForCausalLM.from_pretrained(
+                model.path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
     except torch.OutOfMemoryError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

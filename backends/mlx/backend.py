@@ -104,6 +104,7 @@ def _open(
         description=f"{base.weights}, {dtype_name} compute, {_device_name(device)}",
         num_base_parameters=base.num_parameters,
         accelerator=device == "gpu",
+        # On a CPU, MLX compiles with g++ at run time: half a minute for the first step, and no step is faster.
         compiled=device == "gpu",
         on_close=on_close,
     )
