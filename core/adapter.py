@@ -132,7 +132,7 @@ def _refuse(target: str, architecture: Architecture, known: tuple[str, ...]) -> 
     if architecture.is_moe and any(key.endswith(target) for key in MLP):
         _refuse_experts(architecture, target)
     names = [key.rsplit(".", 1)[-1] for key in known]
-    near = difflib.get_close_matches(target, names, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(target.rsplit(".", 1)[-1], names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
     raise UserError(
         f"lora.targets: {target!r} matches no linear module of this {architecture.model_type} model",
