@@ -29,9 +29,7 @@ def get(name: str) -> Backend:
     return cast(Backend, getattr(module, _CLASSES[name])())
 
 
-def generate(
-    name: str, learner: Learner, tokenizer: Any, prompt_ids: Sequence[int], *, max_tokens: int
-) -> list[int]:
+def generate(name: str, learner: Learner, tokenizer: Any, prompt_ids: Sequence[int], *, max_tokens: int) -> list[int]:
     """Greedy continuation of a prompt by a learner of backend `name`, without the end token."""
     module = importlib.import_module(f"backends.{name}.generate")
     ids: list[int] = module.generate(learner, tokenizer, prompt_ids, max_tokens=max_tokens)

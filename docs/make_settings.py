@@ -14,14 +14,18 @@ HEAD = """# Settings
 
 Made from `core/config.py` by `python docs/make_settings.py`. Every count of steps is in optimiser steps.
 
-Weakest first: defaults, `--preset NAME`, `--config FILE`, `--set section.field=value`, flags such as `--lr`. A YAML file
-may `extends:` a preset or another file. `python cli.py config show …` prints what comes out, and where from.
+Weakest first: defaults, `--preset NAME`, `--config FILE`, `--set section.field=value`, flags such as `--lr`. A YAML
+file may `extends:` a preset or another file. `python cli.py config show …` prints what comes out, and where from.
 """
 
 
 def text() -> str:
     defaults = dict(values(resolve().config))
-    lines = [HEAD, f"Presets: {', '.join(f'`{name}`' for name in preset_names())}.\n", "| setting | default | meaning |"]
+    lines = [
+        HEAD,
+        f"Presets: {', '.join(f'`{name}`' for name in preset_names())}.\n",
+        "| setting | default | meaning |",
+    ]
     lines.append("|---|---|---|")
     for name, meaning in describe_fields().items():
         default = defaults[name]

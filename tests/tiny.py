@@ -82,9 +82,7 @@ def make_model(
     return folder
 
 
-def _weights(
-    config: dict[str, Any], rng: np.random.Generator, scale: float
-) -> dict[str, np.ndarray]:
+def _weights(config: dict[str, Any], rng: np.random.Generator, scale: float) -> dict[str, np.ndarray]:
     hidden, wide = config["hidden_size"], config["intermediate_size"]
     query = config["num_attention_heads"] * config["head_dim"]
     key_value = config["num_key_value_heads"] * config["head_dim"]
@@ -118,9 +116,7 @@ def _weights(
                 prefix + "mlp.down_proj.weight": (hidden, wide),
             }
     return {
-        name: np.ones(shape, np.float32)
-        if "norm" in name
-        else rng.normal(0.0, scale, shape).astype(np.float32)
+        name: np.ones(shape, np.float32) if "norm" in name else rng.normal(0.0, scale, shape).astype(np.float32)
         for name, shape in shapes.items()
     }
 

@@ -122,9 +122,9 @@ def _compute_type(name: str, device: Device) -> tuple[mx.Dtype, str]:
 def _cpu_warnings(config: RunConfig) -> list[str]:
     found: list[str] = []
     if config.model.dtype not in ("auto", "float32"):
-        found.append(f"model.dtype: {config.model.dtype} on a CPU is some 30 times slower than float32 with mlx")
+        found.append(f"model.dtype: {config.model.dtype} on a CPU is about 15 times slower than float32 with mlx")
     if config.model.bits == 4:
-        found.append("model.bits: 4 on a CPU is some 10 times slower than 16 with mlx; use 16 if the model fits")
+        found.append("model.bits: 4 on a CPU is about 20 times slower than 16 with mlx; use 16 if the model fits")
     return found
 
 

