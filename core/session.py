@@ -69,6 +69,7 @@ class Session:
         with ExitStack() as stack:
             self._checkpointer = checkpointer
             self._state = RunState(self._folder, self._facts())
+            self._state.update()
             stack.enter_context(logging_to_file(self._folder / LOG))
             flag = stack.enter_context(InterruptFlag())
             journal = Journal(self._folder, keep_bytes=checkpoint.trainer["journal_bytes"] if checkpoint else 0)

@@ -298,7 +298,7 @@ class Trainer:
             "grade": gap.grade,
             "best_step": self.stopping.best_step if step else None,
             "best_val_loss": self.stopping.best_loss if step else None,
-            "time": self._elapsed(),
+            "time": self.elapsed_seconds,
         }
         self._screen.show_evaluation(gap, step=step, is_best=is_best, patience_left=self.stopping.patience_left)
         self._screen.show_phase("training")
@@ -340,7 +340,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "tokens_per_second": window.num_tokens / window.seconds if window.seconds else None,
             "memory_gb": memory.current_bytes / 1e9,
-            "time": self._elapsed(),
+            "time": self.elapsed_seconds,
         }
 
     def _checkpoint_once(self) -> None:
@@ -362,7 +362,7 @@ class Trainer:
         self._screen.show_phase("training")
 
     def _trainer_state(self) -> dict[str, Any]:
-        self.progress.elapsed_seconds = self._elapsed()
+        self.progress.elapsed_seconds = self.elapsed_seconds
         self._started = time.perf_counter()
         return {
             "progress": asdict(self.progress),
@@ -379,7 +379,8 @@ class Trainer:
         self._last_checkpoint = checkpoint.step
         self._screen.show_step(step=checkpoint.step, epoch=checkpoint.step / self.plan.steps_per_epoch)
 
-    def _elapsed(self) -> float:
+    @property
+    def elapsed_seconds(self) -> float:
         """Seconds of training over all processes of this run."""
         return self.progress.elapsed_seconds + time.perf_counter() - self._started
 
@@ -398,7 +399,7 @@ class Trainer:
                 "base_val_loss": self.progress.base_val_loss,
                 "patience_left": self.stopping.patience_left,
                 "last_checkpoint_step": self._last_checkpoint,
-                "elapsed_seconds": self._elapsed(),
+                "elapsed_seconds": self.elapsed_seconds,
             }
         )
 

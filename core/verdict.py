@@ -55,7 +55,7 @@ def summarize(
         "num_target_tokens": progress.num_target_tokens,
         "tokens_per_second": progress.num_tokens / seconds if seconds else None,
         "peak_memory_gb": progress.peak_memory_bytes / 1e9,
-        "wall_seconds": progress.elapsed_seconds,
+        "wall_seconds": trainer.elapsed_seconds,
     }
 
 

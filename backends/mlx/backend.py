@@ -171,8 +171,9 @@ def _probe(device: str) -> DeviceReport:
     from backends.mlx.memory import total_bytes
 
     notes: tuple[str, ...] = ()
-    if chosen == "cpu" and needs_blas() and not preload_blas():
-        notes = (f"{SLOW_BLAS}; {blas_hint()}",)
+    if chosen == "cpu" and needs_blas():
+        library = preload_blas()
+        notes = (f"fast BLAS: {library}" if library else f"{SLOW_BLAS}; {blas_hint()}",)
     return DeviceReport(
         backend="mlx",
         available=True,
