@@ -53,13 +53,15 @@ def summary_of(status: str = "finished", **progress: Any) -> dict[str, Any]:
         "num_target_tokens": 12_345,
         "num_tokens": 40_000,
         "train_seconds": 20.0,
-        "elapsed_seconds": 83.0,
+        "elapsed_seconds": 60.0,  # at the last checkpoint
         "peak_memory_bytes": 3_500_000_000,
     }
     stopping = EarlyStopping(3, best_loss=1.05, best_step=30)
     if progress.get("best_gap", BEST) is None:
         stopping = EarlyStopping(3)
-    trainer: Any = SimpleNamespace(progress=Progress(**(values | progress)), plan=plan, stopping=stopping)
+    trainer: Any = SimpleNamespace(
+        progress=Progress(**(values | progress)), plan=plan, stopping=stopping, elapsed_seconds=83.0
+    )
     config = RunConfig(backend="cuda")
     return summarize(trainer, config=config, model="tiny", status=status, num_train_rows=80, num_val_rows=20)
 
