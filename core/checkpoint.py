@@ -96,14 +96,16 @@ class Checkpointer:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint whose checksums hold, and those of the best one that it counts on.
 
-        Damaged ones are removed with a warning.
+        Damaged ones are set aside, as `<name>.damaged`, with a warning.
         """
         for path in sorted(self._paths(), key=_step_of, reverse=True):
             problem = damage(path) or self._damage_of_best(path)
             if problem is None:
                 return _read(path)
             _log.warning("checkpoint %s is damaged (%s): using the one before", path.name, problem)
-            self._retire(path)
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
         return None
 
     def read(self, step: int) -> Checkpoint | None:

@@ -56,6 +56,27 @@ def new_run_folder(output: str | None, *, data_name: str) -> Path:
     return path
 
 
+def claim_run_folder(output: str | None, *, data_name: str) -> tuple[Path, RunLock]:
+    """Makes the folder of a new run and locks it, so that of two that start at once neither writes into the other's.
+
+    Raises:
+        UserError: `output` is taken, or another process has just taken it.
+    """
+    while True:
+        folder = new_run_folder(output, data_name=data_name)
+        with disk_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(exist_ok=output is not None)
+            except FileExistsError:
+                continue  # a run that started in the same minute was quicker
+        lock = RunLock(folder)
+        if (folder / CONFIG).exists():
+            lock.release()
+            new_run_folder(output, data_name=data_name)
+        return folder, lock
+
+
 def newest_run(root: Path = RUNS) -> Path:
     """The run that was started last.
 

@@ -145,11 +145,19 @@ class Session:
         """Leaves the best adapter in the learner and in `adapters/`, and checks what was saved on held-out rows."""
         best_step = self._trainer.stopping.best_step
         best = self._checkpointer.read(best_step)
+        if best is None:
+            raise UserError(
+                f"{self._folder}: the checkpoint of the best step, {best_step}, is missing or damaged",
+                hint=f"the adapter it held is still in {self._folder / ADAPTERS}",
+            )
+        adapter = self._write_adapters(best.state.adapter)
         trained, base = read_row_losses(self._folder, best_step), read_row_losses(self._folder, 0)
-        assert best is not None and trained is not None and base is not None
+        if trained is None or base is None:
+            _log.warning("%s: row losses are missing, so the saved adapter was not checked", self._folder)
+            return
         report = check_saved(
             self._folder / ADAPTERS,
-            self._write_adapters(best.state.adapter),
+            adapter,
             learner=self._learner,
             batches=self._job.data.validation,
             trained=trained[0],

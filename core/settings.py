@@ -171,7 +171,7 @@ def _read_yaml(path: Path) -> Tree:
     import yaml
 
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), strict_loader())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file", hint="check the path after --config") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -189,6 +189,23 @@ def _read_yaml(path: Path) -> Tree:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a set of settings", hint="see presets/quickstart.yaml for the form")
     return tree
+
+
+def strict_loader() -> Any:
+    """PyYAML's safe loader, but a key that stands twice is an error: the first one would vanish silently."""
+    import yaml
+
+    class StrictLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[object] = set()
+            for key_node, _ in node.value:
+                key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+                if key is not None and key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
+                seen.add(key)
+            return super().construct_mapping(node, deep=deep)
+
+    return StrictLoader
 
 
 def _assignment_layer(text: str) -> Layer:

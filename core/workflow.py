@@ -22,7 +22,6 @@ from core.adapter_files import PEFT_WEIGHTS
 from core.architecture import Architecture, read_architecture
 from core.config import RunConfig, to_plain
 from core.errors import UserError
-from core.files import disk_errors
 from core.handoff import read_saved
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
@@ -32,6 +31,7 @@ from core.run import (
     COMPLETE,
     CONFIG,
     RunLock,
+    claim_run_folder,
     new_run_folder,
     read_state,
 )
@@ -86,12 +86,12 @@ def train(settings: Settings, *, console: Console) -> int:
     """
     with logging_to(console):
         config = settings.config
-        folder = new_run_folder(config.output, data_name=Path(config.data.path).name)
+        data_name = Path(config.data.path).name
+        new_run_folder(config.output, data_name=data_name)  # before anything is loaded: is --output free?
         job = prepare(config, choose_bits="model.bits" not in settings.sources)
         with _opened(job) as learner:
-            with disk_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            with RunLock(folder):
+            folder, lock = claim_run_folder(config.output, data_name=data_name)
+            with lock:
                 return Session(job, learner, folder, console=console).begin()
 
 

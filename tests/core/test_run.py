@@ -15,7 +15,18 @@ import pytest
 
 from core import run
 from core.errors import UserError
-from core.run import RunLock, RunState, existing_run, is_locked, new_run_folder, newest_run, read_state, write_summary
+from core.run import (
+    CONFIG,
+    RunLock,
+    RunState,
+    claim_run_folder,
+    existing_run,
+    is_locked,
+    new_run_folder,
+    newest_run,
+    read_state,
+    write_summary,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -225,3 +236,15 @@ def test_the_summary_is_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / run.SUMMARY).read_text()) == {"status": "finished", "gap": 0.25, "best_step": None}
     with pytest.raises(ValueError, match="JSON"):
         write_summary(tmp_path, {"gap": float("nan")})
+
+
+def test_two_starts_in_the_same_minute_get_two_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, first_lock = claim_run_folder(None, data_name="rows.jsonl")
+    second, second_lock = claim_run_folder(None, data_name="rows.jsonl")
+    assert first != second and first.is_dir() and second.is_dir()
+    (first / CONFIG).write_text("")
+    first_lock.release()
+    second_lock.release()
+    with pytest.raises(UserError, match="already exists"):
+        claim_run_folder(str(first), data_name="rows.jsonl")

@@ -589,3 +589,10 @@ def test_hints_name_commands_that_exist() -> None:
     assert named == ["config show"]
     args = cli.build_parser().parse_args(["config", "show"])
     assert callable(args.run_command)
+
+
+def test_a_section_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("lora: {rank: 4}\noptim: {lr: 1.0e-3}\nlora: {alpha: 8}\n")
+    with pytest.raises(UserError, match=r"twice.yaml, line 3: not YAML \('lora' stands twice\)"):
+        resolve(files=[file])

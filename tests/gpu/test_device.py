@@ -60,7 +60,7 @@ def train(learner: Learner, steps: range, *, lr: float = LR) -> TrainState:
 def gradient(learner: Learner, batches: list[Batch]) -> tuple[dict[str, np.ndarray], float, float]:
     """Gradient, loss and norm at the learner's first adapter; for a new learner that `SHOWS_GRADIENT`."""
     output = learner.train_step(batches, step=1, lr=0.0)
-    return dict(learner.export_state().optimizer), float(output.loss), float(output.grad_norm)  # type: ignore[arg-type]
+    return dict(learner.export_state().optimizer), float(output.loss), float(output.grad_norm)
 
 
 def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], *, rtol: float) -> None:
@@ -76,7 +76,8 @@ def distance(one: TrainState, other: TrainState, *, start: TrainState) -> float:
     """L2 distance of two adapters over the way from `start` to `other`."""
 
     def norm(left: TrainState, right: TrainState) -> float:
-        return float(np.sqrt(sum(((left.adapter[n] - right.adapter[n]) ** 2).sum() for n in left.adapter)))
+        gaps = [np.subtract(left.adapter[name], right.adapter[name], dtype=np.float64) for name in left.adapter]
+        return float(np.sqrt(sum((gap**2).sum() for gap in gaps)))
 
     return norm(one, other) / norm(other, start)
 
@@ -103,9 +104,7 @@ def test_the_gpu_is_found_and_used(opened: Open, folders: dict[str, Path]) -> No
 
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_lowers_the_loss(
-    opened: Open, folders: dict[str, Path], device: str, name: str, bits: int
-) -> None:
+def test_training_lowers_the_loss(opened: Open, folders: dict[str, Path], device: str, name: str, bits: int) -> None:
     """In bfloat16 and with NF4; the adapter and its moments stay float32 or are truly 8-bit, and truly paged."""
     if bits == 4:
         pytest.importorskip("bitsandbytes")
@@ -142,9 +141,7 @@ def test_optimizers_go_the_way_they_go_on_the_cpu(opened: Open, folders: dict[st
 
 
 @pytest.mark.usefixtures("exact_attention")
-def test_8_bit_state_stays_near_32_bit_state_and_paging_changes_nothing(
-    opened: Open, folders: dict[str, Path]
-) -> None:
+def test_8_bit_state_stays_near_32_bit_state_and_paging_changes_nothing(opened: Open, folders: dict[str, Path]) -> None:
     pytest.importorskip("bitsandbytes")
     choices = ({"state_bits": 32, "paged": False}, {"paged": False}, {"paged": True})
     learners = [opened(folders["wide"], **with_settings(PAGED, optim=choice)) for choice in choices]
@@ -193,9 +190,7 @@ def test_bfloat16_evaluation_is_near_the_cpus_float32(
 @pytest.mark.usefixtures("exact_attention")
 @pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_new_learner_continues_to_the_same_bits(
-    opened: Open, folders: dict[str, Path], name: str, bits: int
-) -> None:
+def test_a_new_learner_continues_to_the_same_bits(opened: Open, folders: dict[str, Path], name: str, bits: int) -> None:
     """With dropout, clipping and accumulation, in bfloat16."""
     if bits == 4 or "8-bit" in name:
         pytest.importorskip("bitsandbytes")
@@ -209,7 +204,7 @@ def test_a_new_learner_continues_to_the_same_bits(
     fresh.import_state(middle)
     assert_same_state(fresh.export_state(), middle)
     assert_same_state(train(fresh, range(3, 5)), end)
-    assert distance(middle, end, start=middle) == 1.0
+    assert any(not np.array_equal(middle.adapter[tensor], end.adapter[tensor]) for tensor in end.adapter)
 
 
 def test_continuing_with_the_fast_attention_kernel(opened: Open, folders: dict[str, Path]) -> None:
@@ -325,18 +320,19 @@ def test_out_of_memory_in_a_run_says_which_setting_to_lower(
 ) -> None:
     rows = tmp_path / "long.jsonl"
     line = {"prompt": "Say something long.", "completion": "word " * 90}
-    rows.write_text("".join(json.dumps({**line, "completion": f"{i} {line['completion']}"}) + "\n" for i in range(300)))
+    rows.write_text("".join(json.dumps({**line, "completion": f"{i} {line['completion']}"}) + "\n" for i in range(400)))
     with memory_left(256 * MIB):
         code = cli.main(
             [
                 *command("train", folders["llama"], rows, tmp_path / "run", device="gpu"),
-                *("--bits", "16", "--max-tokens", "512", "--batch-size", "256", "--set", "eval.batch_size=1"),
+                *("--bits", "16", "--max-tokens", "512", "--batch-size", "256", "--accumulation", "1"),
+                *("--set", "eval.batch_size=1"),
             ]
         )
     error = capsys.readouterr().err
     assert code == 2, error
     assert "out of memory in a training step" in error
-    assert "--batch-size 128" in error
+    assert "--batch-size 128 --accumulation 2" in error
 
 
 def test_memory_figures(opened: Open, folders: dict[str, Path], device: str) -> None:
@@ -365,7 +361,7 @@ def peak_of_a_step(learner: Learner, batch: Batch) -> int:
     learner.train_step([batch], step=1, lr=0.0)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
+    held = learner.memory().current_bytes
     learner.train_step([batch], step=1, lr=0.0)
     torch.cuda.synchronize()
     return learner.memory().peak_bytes - held
