@@ -198,6 +198,9 @@ def _print_json(value: object) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Exit code 2 and two lines for a user's mistake; a traceback only for a bug of ours."""
     args = build_parser().parse_args(argv)
+    # Waiting threads sleep instead of spinning. On a machine that others use too, spinning made training on a CPU
+    # several times slower; it has to be set before a numerical library is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from core.errors import UserError
 
     try:
