@@ -25,10 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,59 +42,28 @@ WARM_UP = 3
 MAX_LOSS_DIFFERENCE = 0.02
 """Relative, of any step: both compute in bfloat16, in another order."""
 
+_FIELDS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+           "num_key_value_heads", "vocab_size", "rope_theta", "tie_word_embeddings")  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
-    "mistral-7b": {
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32768,
-        "rope_theta": 1e6,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "rope_theta": 1e5,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 320,
-        "rope_theta": 1e4,
-        "tie_word_embeddings": False,
-    },
+    name: dict(zip(_FIELDS, values, strict=True))
+    for name, values in {
+        "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, 32768, 1e6, False),
+        "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 49152, 1e5, True),
+        "tiny": ("llama", 64, 128, 2, 4, 2, 320, 1e4, False),
+    }.items()
 }
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn is told."""
+    """What a turn is told: `device` is `gpu` or `cpu`, `rows` are those of a batch."""
 
     folder: str
     device: str
-    """`gpu` or `cpu`."""
     bits: int
     rows: int
-    """In a batch."""
     width: int
     steps: int
-
-
-# --- the model --------------------------------------------------------------------------------------------------------
 
 
 def write_model(folder: Path, shape: dict[str, Any], *, layers: int | None, device: str) -> int:
@@ -109,6 +77,7 @@ def write_model(folder: Path, shape: dict[str, Any], *, layers: int | None, devi
         "head_dim": shape["hidden_size"] // shape["num_attention_heads"],
         "hidden_act": "silu",
         "max_position_embeddings": 8192,
+        "sliding_window": None,  # mistral's default is 4096
         "rms_norm_eps": 1e-5,
         "dtype": "bfloat16",
     }
@@ -194,7 +163,6 @@ def configuration(turn: Turn) -> Any:
             "model": {"bits": turn.bits},
             "lora": {"rank": 16, "alpha": 32, "dropout": 0.0},
             "optim": {"lr": LR, "weight_decay": 0.0, "betas": BETAS, "max_grad_norm": MAX_GRAD_NORM},
-            "moe": {"aux_loss_weight": 0.0},
         }
     )
 
@@ -218,7 +186,7 @@ def load_ours(turn: Turn) -> Callable[[int, Any], Any]:
 
 def load_peer(turn: Turn) -> Callable[[int, Any], Any]:
     import torch
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
     from transformers.utils import logging
 
     from core.architecture import read_architecture
@@ -229,7 +197,10 @@ def load_peer(turn: Turn) -> Callable[[int, Any], Any]:
         # transformers 5.23 renamed it
         new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
         getattr(base, new if hasattr(base, new) else old)({"use_reentrant": False})
-    model = get_peft_model(base, _peer_lora())
+    keys = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = get_peft_model(
+        base, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=keys, task_type="CAUSAL_LM")
+    )
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
@@ -267,13 +238,6 @@ def _peer_base(turn: Turn) -> Any:
             bnb_4bit_compute_dtype=dtype,
         )
     return AutoModelForCausalLM.from_pretrained(turn.folder, attn_implementation="sdpa", **options)
-
-
-def _peer_lora() -> Any:
-    from peft import LoraConfig
-
-    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=modules, task_type="CAUSAL_LM")
 
 
 def as_rows(batch: Any) -> tuple[Any, Any, Any]:
@@ -324,7 +288,6 @@ def take_turn(tool: str, turn: Turn) -> dict[str, Any]:
     tokens = sum(int(np.count_nonzero(batch.inputs)) for batch in batches[WARM_UP:])
     return {
         "tokens_per_second": tokens / seconds,
-        "step_seconds": seconds / turn.steps,
         "load_seconds": load_seconds,
         "load_peak_gb": load_peak / 1e9,
         "step_peak_gb": memory_stats(device).peak_bytes / 1e9,
@@ -337,13 +300,10 @@ def in_new_process(tool: str, turn: Turn) -> dict[str, Any]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    result: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
-    return result
+    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
 
 
-# --- all turns --------------------------------------------------------------------------------------------------------
-
-FIGURES = ("tokens_per_second", "step_seconds", "load_seconds", "load_peak_gb", "step_peak_gb")
+FIGURES = ("tokens_per_second", "load_seconds", "load_peak_gb", "step_peak_gb")
 
 
 def compare(turn: Turn, repeats: int) -> dict[str, Any]:
@@ -353,24 +313,18 @@ def compare(turn: Turn, repeats: int) -> dict[str, Any]:
         # the first one changes, so that neither always finds what the other left behind
         for tool in list(TOOLS) if repeat % 2 == 0 else reversed(TOOLS):
             turns[tool].append(in_new_process(tool, turn))
-    ours, peer = turns.values()
-    difference = max(
-        float(np.max(np.abs(np.divide(mine["losses"], theirs["losses"]) - 1.0)))
-        for mine, theirs in zip(ours, peer, strict=True)
-    )
+    pairs = list(zip(*turns.values(), strict=True))
+    difference = max(float(np.max(np.abs(np.divide(mine["losses"], theirs["losses"]) - 1.0))) for mine, theirs in pairs)
     assert difference < MAX_LOSS_DIFFERENCE, f"the tools' losses differ by {difference:.3g}: not the same training"
+    ratios = {f: [mine[f] / theirs[f] for mine, theirs in pairs] for f in FIGURES}
     return {
         "bits": turn.bits,
-        "ratio_median": {f: statistics.median(ratios(ours, peer, f)) for f in FIGURES},
-        "ratios": {f: ratios(ours, peer, f) for f in FIGURES},
+        "ratio_median": {f: statistics.median(values) for f, values in ratios.items()},
+        "ratios": ratios,
         "median": {t: {f: statistics.median(one[f] for one in runs) for f in FIGURES} for t, runs in turns.items()},
         "turns": turns,
         "largest_loss_difference": difference,
     }
-
-
-def ratios(ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]], figure: str) -> list[float]:
-    return [mine[figure] / theirs[figure] for mine, theirs in zip(ours, peer, strict=True)]
 
 
 def show(result: dict[str, Any]) -> None:
@@ -386,12 +340,13 @@ def show(result: dict[str, Any]) -> None:
 
 
 def facts(args: argparse.Namespace, *, model_bytes: int) -> dict[str, Any]:
+    from backends.cuda.backend import installed_packages
     from backends.cuda.memory import choose_device, device_name
 
     return {
         "date": str(date.today()),
         "device": device_name(choose_device(args.device)),
-        "versions": {name: installed(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")},
+        "versions": installed_packages(),
         "shape": args.shape,
         "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
         "model_gb": model_bytes / 1e9,
@@ -399,13 +354,6 @@ def facts(args: argparse.Namespace, *, model_bytes: int) -> dict[str, Any]:
         "steps": args.steps,
         "repeats": args.repeats,
     }
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def parse() -> argparse.Namespace:

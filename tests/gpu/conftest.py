@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ from tests.backends.conftest import KINDS, Open, missing_package, open_learner
 from tests.tiny import make_model
 
 DEVICE_VARIABLE = "TWINKEEL_TEST_DEVICE"
-WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_layers": 1}
-"""With rank 512 its adapter has tensors of 131,072 elements: bitsandbytes pages moments from 100,000 on."""
+LARGER: dict[str, dict[str, Any]] = {
+    "wide": {"hidden_size": 256, "intermediate_size": 256, "num_layers": 1},
+    "deep": {"num_layers": 8},
+}
+"""`wide` with rank 512 has adapter tensors of 131,072 elements: bitsandbytes pages moments from 100,000 on."""
 
 
 def why_skipped(device: str) -> str | None:
@@ -52,7 +57,7 @@ def gpu(device: str) -> None:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One tiny model of each kind."""
     root = tmp_path_factory.mktemp("models")
-    return {name: make_model(root / name, **settings) for name, settings in (KINDS | {"wide": WIDE}).items()}
+    return {name: make_model(root / name, **settings) for name, settings in (KINDS | LARGER).items()}
 
 
 @pytest.fixture
@@ -76,3 +81,40 @@ def exact_attention() -> Iterator[None]:
 
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[set[str]]:
+    """torch raises when the host waits for the device; yields the modules that called torch.cuda.synchronize."""
+    import torch
+
+    callers: set[str] = set()
+    real, mode = torch.cuda.synchronize, torch.cuda.get_sync_debug_mode()
+
+    def note(*args: Any) -> None:  # torch's debug mode does not see this call
+        callers.add(sys._getframe(1).f_globals["__name__"])
+        torch.cuda.set_sync_debug_mode("default")
+        real(*args)
+        torch.cuda.set_sync_debug_mode("error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", note)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield callers
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def memory_left(num_bytes: int) -> Iterator[None]:
+    """This process may take so much more of the GPU than it holds."""
+    import torch
+
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + num_bytes) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tests.backends.conftest import (
     microbatches,
 )
 from tests.cli.conftest import write_rows
+from tests.gpu.conftest import memory_left, no_waiting
 
 LR = 3e-3
 MIB = 2**20
@@ -224,29 +223,6 @@ def test_continuing_with_the_fast_attention_kernel(opened: Open, folders: dict[s
 # --- no waiting in a step
 
 
-@contextlib.contextmanager
-def no_waiting() -> Iterator[set[str]]:
-    """torch raises when the host waits for the device; yields the modules that called torch.cuda.synchronize."""
-    import torch
-
-    callers: set[str] = set()
-    real, mode = torch.cuda.synchronize, torch.cuda.get_sync_debug_mode()
-
-    def note(*args: Any) -> None:  # torch's debug mode does not see this call
-        callers.add(sys._getframe(1).f_globals["__name__"])
-        torch.cuda.set_sync_debug_mode("default")
-        real(*args)
-        torch.cuda.set_sync_debug_mode("error")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "synchronize", note)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield callers
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-
-
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in KINDS},
     **{name: (kind, sections) for name, (kind, sections, _) in OPTIMIZERS.items()},
@@ -281,20 +257,6 @@ def test_nothing_in_a_step_waits_for_the_device(opened: Open, folders: dict[str,
 
 
 # --- memory
-
-
-@contextlib.contextmanager
-def memory_left(num_bytes: int) -> Iterator[None]:
-    """This process may take so much more of the GPU than it holds."""
-    import torch
-
-    torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + num_bytes) / total)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.usefixtures("gpu", "exact_attention")
@@ -369,10 +331,10 @@ def peak_of_a_step(learner: Learner, batch: Batch) -> int:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradient_checkpointing_lowers_the_peak_and_changes_no_gradient(
-    opened: Open, deep: Path, device: str, dropout: float
+    opened: Open, folders: dict[str, Path], device: str, dropout: float
 ) -> None:
     settings = with_settings(SHOWS_GRADIENT, lora={"dropout": dropout}, model={"dtype": "float32"})
-    plain, saving = (opened(deep, **settings, train={"gradient_checkpointing": on}) for on in (False, True))
+    plain, saving = (opened(folders["deep"], **settings, train={"gradient_checkpointing": on}) for on in (False, True))
     expected, loss, norm = gradient(plain, microbatches())
     found = gradient(saving, microbatches())
     assert found[1:] == pytest.approx((loss, norm), rel=1e-5)
@@ -380,14 +342,6 @@ def test_gradient_checkpointing_lowers_the_peak_and_changes_no_gradient(
     if device == "gpu":
         batch = make_batch((200,) * 16, width=256)
         assert peak_of_a_step(saving, batch) < 0.6 * peak_of_a_step(plain, batch)
-
-
-@pytest.fixture(scope="session")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight layers: enough activations for checkpointing to matter."""
-    from tests.tiny import make_model
-
-    return make_model(tmp_path_factory.mktemp("deep") / "deep", num_layers=8)
 
 
 # --- the command line
