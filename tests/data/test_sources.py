@@ -39,7 +39,7 @@ def as_csv(delimiter: str) -> bytes:
         ("a.jsonl", lines(ROWS), [1, 2]),
         ("a.ndjson", b"\n  \n" + lines(ROWS).replace(b"\n", b"\r\n"), [3, 4]),
         ("bom.jsonl", b"\xef\xbb\xbf" + lines(ROWS), [1, 2]),
-        ("a.jsonl.gz", gzip.compress(lines(ROWS)), [1, 2]),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS), mtime=0), [1, 2]),
         ("list.json", json.dumps(ROWS, indent=2).encode(), [1, 2]),
         ("wrapped.json", json.dumps({"version": 1, "data": ROWS}).encode(), [1, 2]),
         ("really_lines.json", lines(ROWS), [1, 2]),
