@@ -8,7 +8,7 @@ torch or MLX dozens of times.
 
 A moment is an event that leaves a trace outside the process: a file opened, renamed or removed in the run folder, an
 fsync, a write to the journal (half of it is written, then the process dies), a training step, an evaluation. The run
-is first counted, then killed at points spread evenly over its whole length.
+is first counted, then killed at points spread over its whole length, and at one of each kind.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def campaign(backend: str, model: str, data: str, root: Path, num_points: int) -
     code, events = run([*start, "--output", str(whole)], whole, fatal=None)
     assert code == 0, code
     expected = outcome(whole)
-    points = sorted({1 + round(i * (len(events) - 1) / (num_points - 1)) for i in range(num_points)})
+    points = choose_points(events, num_points)
     results = []
     for point in points:
         killed = root / f"killed{point}"
@@ -158,6 +158,20 @@ def campaign(backend: str, model: str, data: str, root: Path, num_points: int) -
         if not problems:
             shutil.rmtree(killed)
     return results
+
+
+KINDS = ("_train_step", "_evaluate", "half a write", "optimizer.safetensors", "adapters/", "summary", "curves")
+"""Events that a campaign must not miss."""
+
+
+def choose_points(events: list[str], num_points: int) -> list[int]:
+    """Numbers of events, from 1: evenly spread over the run, and one of each kind, from the middle of its kind."""
+    spread = {1 + round(i * (len(events) - 1) / (num_points - 1)) for i in range(num_points)}
+    for kind in KINDS:
+        found = [number for number, event in enumerate(events, start=1) if kind in event]
+        assert found, f"no event of kind {kind}"
+        spread.add(found[len(found) // 2])
+    return sorted(spread)
 
 
 def preload(backend: str) -> None:

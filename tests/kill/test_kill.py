@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import write_rows
+from tests.kill.campaign import KINDS
 from tests.tiny import make_model
 
-NUM_POINTS = 14
+NUM_POINTS = 7
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,7 +32,5 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path, backend: str) -> None:
     assert len(results) >= 12
     different = [result for result in results if result["differences"]]
     assert not different, different
-    # the points must reach every phase, or the campaign shows less than it says
     events = " ".join(result["event"] for result in results)
-    for phase in ("checkpoints", "_train_step", "journal"):
-        assert phase in events, events
+    assert [kind for kind in KINDS if kind not in events] == []
