@@ -13,7 +13,7 @@ help:  ## show this list
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install it (Debian, Ubuntu: python3-venv)"; exit 1; }
 
 $(VENV)/.setup: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing what this machine needs (a minute or more)"

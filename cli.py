@@ -147,7 +147,7 @@ def _add_generate(commands: Any) -> None:
     command = commands.add_parser("generate", help="answer a prompt with and without the adapter")
     command.add_argument("run", nargs="?", help="run folder (default: the newest)")
     command.add_argument("--prompt", required=True, help="what to answer")
-    command.add_argument("--max-tokens", type=int, default=128, help="default: 128")
+    command.add_argument("--max-tokens", type=_count, default=128, help="default: 128")
     command.set_defaults(run_command=generate)
 
 
@@ -165,6 +165,13 @@ def _positive(text: str) -> float:
     value = float(text)
     if not 0.1 <= value <= 86400:
         raise argparse.ArgumentTypeError("must be between 0.1 and 86400 seconds")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -86,7 +87,8 @@ def newest_run(root: Path = RUNS) -> Path:
     states = sorted(root.glob(f"*/{STATE}"), key=_started)
     if not states:
         raise UserError(f"{root}: no runs yet", hint="start one with: python cli.py train --preset quickstart")
-    return states[-1].parent
+    running = [state for state in states if is_locked(state.parent)]  # a resumed run may have been started long ago
+    return (running or states)[-1].parent
 
 
 def _started(state_file: Path) -> tuple[float, float]:
@@ -126,7 +128,9 @@ class RunLock:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    return  # this file system has no locks: better unguarded than no run at all
                 # a monitor that looks whether the run is alive holds the lock for an instant
                 time.sleep(0.05 * (attempt + 1 < _LOCK_ATTEMPTS))
         self._file.close()
@@ -156,8 +160,8 @@ def is_locked(folder: Path) -> bool:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
     return False
 
 

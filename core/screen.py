@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from core.overfitting import Gap
+from core.config import GuardConfig
+from core.overfitting import Gap, advice, relative_warning
 
 LOGGER = logging.getLogger("twinkeel")
 GRADE_STYLES = {"EXCELLENT": "green", "GOOD": "green", "MODERATE": "yellow", "CRITICAL": "red"}
@@ -72,9 +73,9 @@ class _Numbers(ProgressColumn):
         self._console = console
 
     def render(self, task: Task) -> Text:
-        room = self._console.width - 52
+        room = self._console.width - 46
         text = Text()
-        for name, style in (("loss", ""), ("val", ""), ("gap", ""), ("grade", ""), ("speed", "dim"), ("memory", "dim")):
+        for name, style in (("grade", ""), ("gap", ""), ("val", ""), ("loss", ""), ("speed", "dim"), ("memory", "dim")):
             value = task.fields.get(name)
             if value and len(text) + len(value) + 2 <= room:
                 grade_style = GRADE_STYLES.get(value, style)
@@ -85,7 +86,8 @@ class _Numbers(ProgressColumn):
 class TrainScreen:
     """The screen of one run; use as a context."""
 
-    def __init__(self, *, total_steps: int, console: Console | None = None) -> None:
+    def __init__(self, *, total_steps: int, console: Console | None = None, guard: GuardConfig | None = None) -> None:
+        self._guard = guard or GuardConfig()
         self._total_steps = total_steps
         self._console = console or Console(stderr=False)
         self._bar: Progress | None = None
@@ -130,6 +132,10 @@ class TrainScreen:
 
     def show_evaluation(self, gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> None:
         LOGGER.info(evaluation_line(gap, step=step, is_best=is_best, patience_left=patience_left))
+        if step:
+            LOGGER.info("  %s", advice(gap, self._guard))
+            if (warning := relative_warning(gap, self._guard)) is not None:
+                LOGGER.warning(warning)
         self._fields |= {
             "val": f"val {gap.val_loss:.3f}",
             "gap": f"gap {gap.value:.3f}",
@@ -169,10 +175,23 @@ def logging_to(console: Console) -> Iterator[None]:
         LOGGER.removeHandler(handler)
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that never stops a run: when the disk is full, the lines that don't fit are lost, not the error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        # closing flushes, which fails again on a full disk
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def logging_to_file(path: Path) -> Iterator[None]:
     """Appends the same lines, with their time, to `training.log`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOGGER.addHandler(handler)
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from core.adapter import Adapter
 from core.adapter_files import write_adapter
+from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig, to_plain
 from core.errors import OutOfMemoryError, UserError
@@ -58,6 +60,7 @@ class Session:
         checkpointer = Checkpointer(self._folder, keep=self._config.checkpoint.keep)
         checkpoint = checkpointer.latest()
         if checkpoint is None:
+            self._refuse_if_all_damaged()
             _log.info("no checkpoint yet: starting from the first step")
         else:
             self._refuse_changes(checkpoint)
@@ -68,18 +71,20 @@ class Session:
     def _run(self, checkpointer: Checkpointer, checkpoint: Checkpoint | None) -> int:
         with ExitStack() as stack:
             self._checkpointer = checkpointer
-            self._state = RunState(self._folder, self._facts())
+            # the journal first: if it is refused, the state file stays as it was
+            journal = Journal(self._folder, keep_bytes=checkpoint.trainer["journal_bytes"] if checkpoint else 0)
+            stack.callback(journal.close)
+            self._state = RunState(self._folder, self._facts(checkpoint))
             self._state.update()
             stack.enter_context(logging_to_file(self._folder / LOG))
             flag = stack.enter_context(InterruptFlag())
-            journal = Journal(self._folder, keep_bytes=checkpoint.trainer["journal_bytes"] if checkpoint else 0)
-            stack.callback(journal.close)
             self._announce(checkpoint)
-            screen = TrainScreen(total_steps=self._plan.total_steps, console=self._console)
+            screen = TrainScreen(total_steps=self._plan.total_steps, console=self._console, guard=self._config.guard)
             self._trainer = self._make_trainer(journal, screen, flag)
-            with screen.live(first_step=checkpoint.step if checkpoint else 0):
-                status = self._train(checkpoint)
-            return self._finish(status, flag)
+            with self._failures_recorded():
+                with screen.live(first_step=checkpoint.step if checkpoint else 0):
+                    status = self._trainer.run(checkpoint)
+                return self._finish(status, flag)
 
     def _make_trainer(self, journal: Journal, screen: TrainScreen, flag: InterruptFlag) -> Trainer:
         return Trainer(
@@ -96,10 +101,11 @@ class Session:
             identity=self._job.identity,
         )
 
-    def _train(self, checkpoint: Checkpoint | None) -> str:
-        """The loop; whatever ends it badly is written down before it is raised again."""
+    @contextmanager
+    def _failures_recorded(self) -> Iterator[None]:
+        """Whatever ends the run badly, in the loop or after it, is written down before it is raised again."""
         try:
-            return self._trainer.run(checkpoint)
+            yield
         except OutOfMemoryError as error:
             mended = OutOfMemoryError(error.what, hint=self._memory_hint())
             self._record_failure(mended)
@@ -146,10 +152,8 @@ class Session:
         best_step = self._trainer.stopping.best_step
         best = self._checkpointer.read(best_step)
         if best is None:
-            raise UserError(
-                f"{self._folder}: the checkpoint of the best step, {best_step}, is missing or damaged",
-                hint=f"the adapter it held is still in {self._folder / ADAPTERS}",
-            )
+            _log.warning("the checkpoint of step %d is damaged; its adapter is in %s", best_step, ADAPTERS)
+            return
         adapter = self._write_adapters(best.state.adapter)
         trained, base = read_row_losses(self._folder, best_step), read_row_losses(self._folder, 0)
         if trained is None or base is None:
@@ -202,7 +206,17 @@ class Session:
             hint="put it back, or start a new run with: python cli.py train",
         )
 
-    def _facts(self) -> dict[str, Any]:
+    def _refuse_if_all_damaged(self) -> None:
+        """Starting over would erase the journal of a run that got further than this."""
+        num_damaged = len(list((self._folder / CHECKPOINTS).glob("*.damaged")))
+        if num_damaged:
+            raise UserError(
+                f"{self._folder}: all {num_damaged} checkpoints are damaged",
+                hint="its metrics and adapter are untouched; start a new run with: python cli.py train --config "
+                f"{self._folder / CONFIG}",
+            )
+
+    def _facts(self, checkpoint: Checkpoint | None) -> dict[str, Any]:
         """What `monitor` shows of a run and the loop does not change."""
         config, job, started = self._config, self._job, read_state(self._folder).get("started")
         facts: dict[str, Any] = {
@@ -224,7 +238,8 @@ class Session:
             "patience": config.guard.patience,
             "memory_total_gb": self._learner.memory().total_bytes / 1e9,
             "phase": "loading",
-            "step": 0,
+            "step": checkpoint.step if checkpoint else 0,
+            "last_checkpoint_step": checkpoint.step if checkpoint else None,
         }
         return facts if started is None else facts | {"started": started}
 
@@ -247,6 +262,20 @@ class Session:
             lines.append(f"  resumed  after step {checkpoint.step}, from {checkpoint.path}")
         for line in lines:
             _log.info(line)
+        self._warn_of_rare_evaluations()
+
+    def _warn_of_rare_evaluations(self) -> None:
+        patience, every, total = self._config.guard.patience, self._config.eval.every, self._plan.total_steps
+        num_evaluations = -(-total // every)
+        if patience is not None and num_evaluations <= patience:
+            better = max(total // (2 * (patience + 1)), 1)
+            _log.warning(
+                "early stopping can't act: %d evaluations in %d steps, patience %d; try --eval-every %d",
+                num_evaluations,
+                total,
+                patience,
+                better,
+            )
 
     def _memory_hint(self) -> str:
         """Which setting to lower, and by what."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 from types import FrameType, TracebackType
-
-_log = logging.getLogger("twinkeel")
 
 
 class InterruptFlag:
@@ -37,6 +35,8 @@ class InterruptFlag:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        # not print: a signal may come in the middle of a write
+        os.write(2, b"\nstopping after this step, with a checkpoint; once more stops at once\n")
 
     @property
     def exit_code(self) -> int:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import backends
 from core.adapter import Adapter, plan_adapter
-from core.adapter_files import PEFT_WEIGHTS
+from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS
 from core.architecture import Architecture, read_architecture
 from core.config import RunConfig, to_plain
 from core.errors import UserError
@@ -122,7 +122,7 @@ def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> i
     """
     with logging_to(console):
         config = load_config(folder / CONFIG)
-        if not (folder / ADAPTERS / PEFT_WEIGHTS).is_file():
+        if not all((folder / ADAPTERS / name).is_file() for name in (PEFT_WEIGHTS, MLX_WEIGHTS)):
             raise UserError(
                 f"{folder}: no adapter yet",
                 hint=f"train it to the first evaluation: python cli.py train --resume {folder}",

@@ -250,6 +250,8 @@ def _read_jsonl(content: bytes, shown: str, bad: BadRows) -> list[Row]:
             bad.add(place, f"not JSON ({_json_problem(error)})")
         except RecursionError:
             bad.add(place, "not JSON that can be read (nested too deeply)")
+        except ValueError:
+            bad.add(place, "not JSON that can be read (a number of thousands of digits)")
         else:
             _append(rows, value, Row({}, shown, number), bad)
     return rows

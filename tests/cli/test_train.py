@@ -252,3 +252,52 @@ def test_help_is_quick_to_read() -> None:
             [sys.executable, "cli.py", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         assert "usage: python cli.py" in ran.stdout
+
+
+def test_a_failure_after_the_last_step_is_written_down(
+    train: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import core.session
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise MemoryError("no room for the plot")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.session, "write_training_curves", fail)
+        with pytest.raises(MemoryError):
+            train()
+    state = json.loads((tmp_path / "run" / "training_state.json").read_text())
+    assert state["status"] == "failed" and "no room for the plot" in state["error"]
+    assert run_cli("train", "--resume", "run").code == 0
+
+
+def test_all_checkpoints_damaged_loses_nothing(
+    train: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.cli.test_bad_input import interrupt_after
+
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        assert train().code == 130
+    journal = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        (path / "adapter.safetensors").write_bytes(b"")
+    result = run_cli("train", "--resume", "run")
+    assert result.code == 2 and "checkpoints are damaged" in result.err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == journal
+
+
+def test_a_full_log_file_stops_nothing(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    import core.session
+    from core.screen import logging_to_file
+
+    monkeypatch.setattr(core.session, "logging_to_file", lambda path: logging_to_file(Path("/dev/full")))
+    result = train()
+    assert result.code == 0 and "Logging error" not in result.err
+
+
+def test_early_stopping_that_can_not_act_is_warned_of(train: Train) -> None:
+    result = train("--eval-every", "4")
+    assert "early stopping can't act" in result.out and "--eval-every" in result.out
