@@ -113,7 +113,7 @@ def test_the_bar_stays_on_one_line(width: int, total_steps: int) -> None:
                 assert f"{step}/{total_steps}" in line
 
 
-def test_eighty_columns_have_room_for_loss_validation_and_gap() -> None:
+def test_eighty_columns_have_room_for_grade_gap_and_validation() -> None:
     console = make_terminal(80)
     screen = TrainScreen(total_steps=1000, console=console)
     with screen.live(first_step=7):
@@ -122,13 +122,13 @@ def test_eighty_columns_have_room_for_loss_validation_and_gap() -> None:
         assert "loss 1.235" in bar_lines(screen, console)[0]
         screen.show_evaluation(GAP, step=20, is_best=True, patience_left=3)
         (line,) = bar_lines(screen, console)
-        assert "loss 1.235  val 1.250" in line
+        assert "MODERATE  gap 0.250  val 1.250" in line
     wide = TrainScreen(total_steps=1000, console=make_terminal(140))
     with wide.live():
         wide.show_record(record())
         wide.show_evaluation(GAP, step=20, is_best=True, patience_left=3)
         (line,) = bar_lines(wide, make_terminal(140))
-        assert "loss 1.235  val 1.250  gap 0.250  MODERATE  1,234 tok/s  3.2 GB" in line
+        assert "MODERATE  gap 0.250  val 1.250  loss 1.235  1,234 tok/s  3.2 GB" in line
 
 
 def test_a_pipe_gets_plain_lines() -> None:
@@ -143,6 +143,8 @@ def test_a_pipe_gets_plain_lines() -> None:
     assert stream.getvalue().splitlines() == [
         record_line(record(), total_steps=60),
         evaluation_line(GAP, step=20, is_best=True, patience_left=3),
+        "  Potential overfitting detected! Train/val loss difference: 0.25 (MODERATE; GOOD is below 0.15)",
+        "warning: validation loss is 25% above the training rows' (guard.relative_gap is 10%)",
     ]
     assert "\x1b" not in stream.getvalue()
 
