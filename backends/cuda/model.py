@@ -133,7 +133,7 @@ def _read(model: ResolvedModel, options: dict[str, Any]) -> tuple[PreTrainedMode
             )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if "DefaultCPUAllocator" in str(error):
             raise
         raise UserError(
