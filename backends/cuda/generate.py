@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from backends.cuda.memory import within_memory
+from core.sampling import pick_token
 from core.seeding import generator
 
 if TYPE_CHECKING:
@@ -77,21 +76,3 @@ def end_tokens(learner: CudaLearner, tokenizer: Any) -> frozenset[int]:
     more = getattr(settings, "eos_token_id", None)
     listed = more if isinstance(more, list) else [more]
     return frozenset(int(i) for i in (tokenizer.eos_token_id, *listed) if i is not None)
-
-
-def pick_token(
-    logits: npt.NDArray[np.float64],
-    temperature: float,
-    *,
-    top_p: float,
-    top_k: int,
-    random: np.random.Generator,
-) -> int:
-    """Draws a token id from logits [V]: temperature first, then top-k, then top-p; the likeliest token always stays."""
-    ids = np.argsort(-logits, kind="stable")[: top_k or None]
-    scaled = logits[ids] / temperature
-    probabilities = np.exp(scaled - scaled[0])
-    probabilities /= probabilities.sum()
-    before = np.cumsum(probabilities) - probabilities
-    probabilities[before >= top_p] = 0.0
-    return int(random.choice(ids, p=probabilities / probabilities.sum()))

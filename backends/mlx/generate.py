@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from backends.mlx.memory import translate_out_of_memory
+from core.sampling import pick_token
 from core.seeding import generator
 
 if TYPE_CHECKING:
@@ -88,21 +88,3 @@ def _hidden(learner: MlxLearner, ids: Sequence[int], cache: list[Any]) -> mx.arr
 def _next_logits(learner: MlxLearner, ids: Sequence[int], cache: list[Any]) -> mx.array:
     """Float32 logits [V] of the token after `ids`."""
     return learner.network.project(_hidden(learner, ids, cache)[0, -1]).astype(mx.float32)
-
-
-def pick_token(
-    logits: npt.NDArray[np.float64],
-    temperature: float,
-    *,
-    top_p: float,
-    top_k: int,
-    random: np.random.Generator,
-) -> int:
-    """Draws a token id from logits [V]: temperature first, then top-k, then top-p; the likeliest token always stays."""
-    ids = np.argsort(-logits, kind="stable")[: top_k or None]
-    scaled = logits[ids] / temperature
-    probabilities = np.exp(scaled - scaled[0])
-    probabilities /= probabilities.sum()
-    before = np.cumsum(probabilities) - probabilities
-    probabilities[before >= top_p] = 0.0
-    return int(random.choice(ids, p=probabilities / probabilities.sum()))

@@ -426,7 +426,8 @@ def test_greedy_text_is_the_likeliest_token_each_time(folders: dict[str, Path], 
 
 
 def test_sampled_text(llama: Path) -> None:
-    from backends.cuda.generate import generate, pick_token
+    from backends.cuda.generate import generate
+    from core.sampling import pick_token
 
     learner = open_learner("cuda", llama)
     prompt = [5, 200, 31]

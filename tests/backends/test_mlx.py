@@ -41,8 +41,9 @@ if missing := missing_package("mlx"):
 from backends.mlx import backend as backend_module
 from backends.mlx import loss as loss_module
 from backends.mlx import memory as memory_module
-from backends.mlx.generate import generate, pick_token
+from backends.mlx.generate import generate
 from backends.mlx.learner import MlxLearner
+from core.sampling import pick_token
 
 import mlx.core as mx  # isort: skip
 
