@@ -1,8 +1,9 @@
-"""The LoRA adapter, apart from any backend: which modules, which shapes, which first values.
+"""The LoRA adapter, apart from any backend: which modules, which ranks and scales, which values.
 
 Neutral form: for each adapted module `<module>.lora_A` float32 (rank, in) and `<module>.lora_B` float32 (out, rank), in
-PEFT's orientation; the module adds `scale * B @ A @ x` (Hu et al. 2021, arXiv:2106.09685). Module names are those of
-transformers and mlx-lm: `model.layers.<i>.self_attn.q_proj`. `core.adapter_files` writes it for both worlds.
+PEFT's orientation; the module adds `scale * B @ A @ x` (Hu et al. 2021, arXiv:2106.09685). The experts of a layer are
+one module with a leading axis: (experts, rank, in) and (experts, out, rank). Module names are those of
+`core.architecture`: `model.layers.<i>.self_attn.q_proj`. `core.adapter_files` reads and writes it for both worlds.
 """
 
 from __future__ import annotations
@@ -10,127 +11,152 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from core.architecture import ATTENTION, MLP, Architecture
+from core.architecture import ATTENTION, ROUTER, Architecture
 from core.config import LoraConfig
 from core.errors import UserError
 from core.seeding import generator
 
 LORA_A = "lora_A"
 LORA_B = "lora_B"
+HEAD = "lm_head"
+"""The only module outside the layers that an adapter can be carried for; no backend trains it."""
+
+AdapterTensors = Mapping[str, npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """What an adapted module has of its own."""
+
+    rank: int
+    alpha: float
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """LoRA matrices with what is needed to apply them."""
 
-    rank: int
-    alpha: float
-    dropout: float
-    rslora: bool
+    modules: Mapping[str, LoraModule]
+    """Full name -> rank and alpha of every adapted module, in the model's order."""
+    tensors: AdapterTensors
     num_layers: int
     """Layers of the base model."""
-    first_layer: int
-    """Layers below this one have no adapter."""
-    modules: tuple[str, ...]
-    """Full names of the adapted modules, in order."""
-    tensors: Mapping[str, npt.NDArray[np.float32]]
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def scale_of(self, module: str) -> float:
+        """Factor of `B @ A @ x`: alpha / rank; with rsLoRA alpha / sqrt(rank) (arXiv:2312.03732)."""
+        lora = self.modules[module]
+        return lora.alpha / (math.sqrt(lora.rank) if self.rslora else lora.rank)
+
+    def matrices(self, module: str) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """A and B of a module."""
+        return self.tensors[f"{module}.{LORA_A}"], self.tensors[f"{module}.{LORA_B}"]
 
     @property
-    def scale(self) -> float:
-        """Factor of `B @ A @ x`: alpha / rank; with rsLoRA alpha / sqrt(rank) (arXiv:2312.03732)."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with an adapter, rising."""
+        return tuple(sorted({split_name(name)[0] for name in self.modules if name != HEAD}))
 
     @property
     def layer_keys(self) -> tuple[str, ...]:
         """Names within a layer of the adapted modules: `self_attn.q_proj`."""
-        return tuple(dict.fromkeys(name.split(".", 3)[3] for name in self.modules))
+        return tuple(dict.fromkeys(split_name(name)[1] for name in self.modules if name != HEAD))
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether every adapted layer has the same modules, and nothing outside the layers is adapted."""
+        return len(self.modules) == len(self.layers) * len(self.layer_keys)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The different ranks, rising."""
+        return tuple(sorted({lora.rank for lora in self.modules.values()}))
 
     @property
     def num_parameters(self) -> int:
         return sum(int(tensor.size) for tensor in self.tensors.values())
 
-    def with_tensors(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Adapter:
+    @property
+    def does_nothing(self) -> bool:
+        """Whether every module's B is zero (or its A), so that the model is the base model."""
+        return not any(all(np.any(matrix) for matrix in self.matrices(name)) for name in self.modules)
+
+    def with_tensors(self, tensors: AdapterTensors) -> Adapter:
         """The same adapter with other values; the names and shapes must be the same."""
         assert tensors.keys() == self.tensors.keys()
-        return Adapter(
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            rslora=self.rslora,
-            num_layers=self.num_layers,
-            first_layer=self.first_layer,
-            modules=self.modules,
-            tensors=tensors,
-        )
+        return replace(self, tensors=tensors)
 
 
-def plan_adapter(lora: LoraConfig, architecture: Architecture, *, seed: int) -> Adapter:
+def split_name(module: str) -> tuple[int, str]:
+    """`model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`)."""
+    _, _, layer, key = module.split(".", 3)
+    return int(layer), key
+
+
+def plan_adapter(lora: LoraConfig, architecture: Architecture, *, seed: int, router: bool = False) -> Adapter:
     """Chooses the modules and draws the first values: A uniform in +-1/sqrt(in), as in PEFT and mlx-lm; B zero.
 
+    Args:
+        router: adapt the router of a mixture as well.
+
     Raises:
-        UserError: targets that match nothing, or that this version has no adapter for.
+        UserError: targets that match nothing.
     """
-    keys = target_keys(lora.targets, architecture)
-    shapes = architecture.linear_shapes()
+    keys = target_keys(lora.targets, architecture, router=router)
+    shapes = architecture.module_shapes()
     first_layer = min(int(lora.frozen_fraction * architecture.num_layers + 1e-9), architecture.num_layers - 1)
-    modules: list[str] = []
+    names = [f"model.layers.{layer}.{key}" for layer in range(first_layer, architecture.num_layers) for key in keys]
     tensors: dict[str, npt.NDArray[np.float32]] = {}
-    for layer in range(first_layer, architecture.num_layers):
-        for key in keys:
-            name = f"model.layers.{layer}.{key}"
-            out_features, in_features = shapes[key]
-            modules.append(name)
-            tensors[f"{name}.{LORA_A}"] = _first_a(name, lora.rank, in_features, seed=seed)
-            tensors[f"{name}.{LORA_B}"] = np.zeros((out_features, lora.rank), np.float32)
+    for name in names:
+        *experts, out_features, in_features = shapes[split_name(name)[1]]
+        tensors[f"{name}.{LORA_A}"] = _first_a(name, (*experts, lora.rank, in_features), seed=seed)
+        tensors[f"{name}.{LORA_B}"] = np.zeros((*experts, out_features, lora.rank), np.float32)
     return Adapter(
-        rank=lora.rank,
-        alpha=lora.alpha,
+        modules=dict.fromkeys(names, LoraModule(lora.rank, lora.alpha)),
+        tensors=tensors,
+        num_layers=architecture.num_layers,
         dropout=lora.dropout,
         rslora=lora.rslora,
-        num_layers=architecture.num_layers,
-        first_layer=first_layer,
-        modules=tuple(modules),
-        tensors=tensors,
     )
 
 
-def _first_a(name: str, rank: int, in_features: int, *, seed: int) -> npt.NDArray[np.float32]:
-    bound = 1.0 / math.sqrt(in_features)
-    draw = generator(seed, "adapter", name).uniform(-bound, bound, (rank, in_features))
-    return draw.astype(np.float32)
+def _first_a(name: str, shape: tuple[int, ...], *, seed: int) -> npt.NDArray[np.float32]:
+    bound = 1.0 / math.sqrt(shape[-1])
+    return generator(seed, "adapter", name).uniform(-bound, bound, shape).astype(np.float32)
 
 
-def target_keys(targets: str | list[str], architecture: Architecture) -> tuple[str, ...]:
+def target_keys(targets: str | list[str], architecture: Architecture, *, router: bool = False) -> tuple[str, ...]:
     """Names within a layer of the modules that `lora.targets` means, in the model's order.
+
+    `all-linear` leaves the router out: it decides where tokens go, and is adapted only when it is asked for.
 
     Raises:
         UserError: a name that matches no linear module of a layer.
     """
-    known = tuple(architecture.linear_shapes())
+    known = tuple(architecture.module_shapes())
     if targets == "attention":
-        return ATTENTION
-    if targets == "all-linear":
-        _refuse_experts(architecture, "all-linear")
-        return known
-    if not targets:
+        chosen = set(ATTENTION)
+    elif targets == "all-linear":
+        chosen = set(known) - {ROUTER}
+    elif not targets:
         raise UserError("lora.targets is empty", hint="use attention, all-linear, or module names")
-    chosen: set[str] = set()
-    for target in targets:
-        matches = [key for key in known if key == target or key.endswith("." + target)]
-        if not matches:
-            _refuse(target, architecture, known)
-        chosen.update(matches)
+    else:
+        chosen = {key for target in targets for key in _matches(target, architecture, known)}
+    if router:
+        chosen |= {ROUTER} & set(known)
     return tuple(key for key in known if key in chosen)
 
 
-def _refuse(target: str, architecture: Architecture, known: tuple[str, ...]) -> None:
-    if architecture.is_moe and any(key.endswith(target) for key in MLP):
-        _refuse_experts(architecture, target)
+def _matches(target: str, architecture: Architecture, known: tuple[str, ...]) -> list[str]:
+    matches = [key for key in known if key == target or key.endswith("." + target)]
+    if matches:
+        return matches
     names = [key.rsplit(".", 1)[-1] for key in known]
     near = difflib.get_close_matches(target.rsplit(".", 1)[-1], names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -138,12 +164,3 @@ def _refuse(target: str, architecture: Architecture, known: tuple[str, ...]) -> 
         f"lora.targets: {target!r} matches no linear module of this {architecture.model_type} model",
         hint=f"{hint}modules: {', '.join(names)}",
     )
-
-
-def _refuse_experts(architecture: Architecture, target: str) -> None:
-    if architecture.is_moe:
-        raise UserError(
-            f"lora.targets: {target} means the experts of this {architecture.model_type} model, "
-            "and this version has no adapters for experts",
-            hint="use --set lora.targets=attention",
-        )

@@ -1,12 +1,14 @@
 """What a model looks like, read from its `config.json` alone: layers, linear modules, shapes, bytes.
 
-The core plans adapters and memory from this, before any weight is read. Module names are those of transformers, which
-mlx-lm shares: `model.layers.<i>.self_attn.q_proj`.
+The core plans adapters and memory from this, before any weight is read. Module names are those of transformers 5:
+`model.layers.<i>.self_attn.q_proj`, and of a mixture `mlp.gate` (the router) and `mlp.experts.gate_proj`, where
+transformers fuses gate and up into one tensor and we, like mlx-lm and the checkpoints, do not.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from core.errors import UserError
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = ("mlp.experts.gate_proj", "mlp.experts.up_proj", "mlp.experts.down_proj")
+ROUTER = "mlp.gate"
 SUPPORTED_TYPES = ("llama", "mistral", "mixtral")
 
 
@@ -42,34 +46,25 @@ class Architecture:
     def is_moe(self) -> bool:
         return self.num_experts > 0
 
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Linear modules of one layer that an adapter can sit on: name in the layer -> (out, in) features."""
-        query = self.num_heads * self.head_dim
-        key_value = self.num_kv_heads * self.head_dim
-        shapes = dict(
-            zip(
-                ATTENTION,
-                [
-                    (query, self.hidden_size),
-                    (key_value, self.hidden_size),
-                    (key_value, self.hidden_size),
-                    (self.hidden_size, query),
-                ],
-                strict=True,
-            )
-        )
+    def module_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What an adapter can sit on in one layer, in the model's order: name in the layer -> shape of its weight.
+
+        (out, in) features; (experts, out, in) for the experts of a mixture, which share a name.
+        """
+        hidden, wide = self.hidden_size, self.intermediate_size
+        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = [(query, hidden), (key_value, hidden), (key_value, hidden), (hidden, query)]
+        shapes: dict[str, tuple[int, ...]] = dict(zip(ATTENTION, attention, strict=True))
+        mlp = [(wide, hidden), (wide, hidden), (hidden, wide)]
         if not self.is_moe:
-            wide = (self.intermediate_size, self.hidden_size)
-            shapes |= dict(zip(MLP, [wide, wide, wide[::-1]], strict=True))
-        return shapes
+            return shapes | dict(zip(MLP, mlp, strict=True))
+        shapes[ROUTER] = (self.num_experts, hidden)
+        return shapes | {key: (self.num_experts, *shape) for key, shape in zip(EXPERTS, mlp, strict=True)}
 
     @property
     def num_parameters(self) -> int:
         """Weights of the base model: embeddings (once if tied), layers, experts, router and norms."""
-        attention = sum(out * inside for name, (out, inside) in self.linear_shapes().items() if name in ATTENTION)
-        mlp = 3 * self.hidden_size * self.intermediate_size * max(self.num_experts, 1)
-        router = self.hidden_size * self.num_experts
-        layer = attention + mlp + router + 2 * self.hidden_size
+        layer = sum(math.prod(shape) for shape in self.module_shapes().values()) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + self.num_layers * layer + self.hidden_size
 

@@ -1,36 +1,50 @@
-"""Does the saved adapter do what the trained one did?
+"""Does an adapter do at its other end what it did where it comes from?
 
-An adapter that loads but does nothing (wrong names, silently skipped) looks like a healthy base model. So the files are
-read back, compared with the weights in training, and put through held-out rows.
+An adapter that loads but does nothing (wrong names, silently skipped) looks like a healthy base model. So whenever an
+adapter changes hands (saved, converted, taken to another backend, merged), held-out rows are put through both ends,
+and through the base model: what did the loss do, would the two say the same tokens, and does the adapter do anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from core.adapter import Adapter
-from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, mlx_weights, peft_weights
-from core.protocols import Batch, Learner, RowLosses, TrainState
+from core.adapter import LORA_B, Adapter
+from core.adapter_files import read_saved
+from core.protocols import IGNORE, Batch, FloatArray, Learner, Replay, RowLosses, TrainState
 
 NUM_BATCHES = 4
 TOLERANCE = 1e-3
-"""Largest difference of a row's mean loss, in nats, that counts as the same adapter."""
+"""Largest difference of a row's mean loss, in nats, that counts as the same adapter on the same base."""
 
 
 @dataclass(frozen=True, slots=True)
 class HandoffReport:
-    """What replaying held-out rows through the saved adapter showed."""
+    """What replaying the same rows through both ends showed."""
 
     num_rows: int
+    num_targets: int
+    source_loss: float
+    """Nats per target where the adapter comes from."""
+    target_loss: float
+    """Nats per target at its new end."""
     max_difference: float
-    """Largest difference of a row's mean loss to the one measured in training, in nats."""
+    """Largest difference of a row's mean loss between the ends, in nats."""
+    greedy_agreement: float
+    """Share of the targets at which both ends find the same token most likely."""
     max_effect: float
-    """Largest difference to the base model's, in nats: 0 for an adapter that does nothing."""
+    """Largest difference of a target's loss to the base model's at the new end: 0 for an adapter that does nothing."""
+
+    @property
+    def loss_difference(self) -> float:
+        return self.target_loss - self.source_loss
 
     @property
     def is_same(self) -> bool:
@@ -42,33 +56,31 @@ class HandoffReport:
 
     @property
     def problem(self) -> str | None:
-        """One line when something is wrong."""
+        """One line when something is wrong, for ends that share a base."""
         if not self.moves_output:
-            return "the saved adapter does not change the output of the base model"
+            return "the adapter does not change the output of the base model"
         if not self.is_same:
-            return f"the saved adapter's loss differs by {self.max_difference:.2g} nats from the one in training"
+            return f"a row's loss differs by {self.max_difference:.2g} nats from the one where the adapter comes from"
         return None
 
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "loss_difference": self.loss_difference}
 
-def read_saved(folder: Path, adapter: Adapter) -> Adapter:
-    """The adapter as its PEFT file holds it, after checking that the MLX file holds the same.
 
-    Raises:
-        AssertionError: a tensor is missing, or the files disagree: a bug of ours.
-    """
-    from safetensors.numpy import load_file
-
-    tensors = {
-        name.removeprefix("base_model.model.").removesuffix(".weight"): tensor
-        for name, tensor in load_file(folder / PEFT_WEIGHTS).items()
-    }
-    saved = adapter.with_tensors(tensors)
-    other = load_file(folder / MLX_WEIGHTS)
-    expected = mlx_weights(saved)
-    assert other.keys() == expected.keys()
-    assert all(np.array_equal(other[name], expected[name]) for name in expected)
-    assert peft_weights(saved).keys() == peft_weights(adapter).keys()
-    return saved
+def compare_ends(source: Replay, target: Replay, *, base: Replay) -> HandoffReport:
+    """Compares two ends on the same rows; `base` is the new end without the adapter."""
+    for other in (target, base):
+        assert np.array_equal(source.row_ids, other.row_ids), "the ends saw other rows"
+        assert np.array_equal(source.num_targets, other.num_targets), "the ends saw other targets"
+    return HandoffReport(
+        num_rows=len(source.row_ids),
+        num_targets=len(source.nll),
+        source_loss=float(source.nll.mean()),
+        target_loss=float(target.nll.mean()),
+        max_difference=_largest(target.row_means - source.row_means),
+        greedy_agreement=float(np.mean(source.greedy == target.greedy)),
+        max_effect=_largest(target.nll - base.nll),
+    )
 
 
 def check_saved(
@@ -77,33 +89,62 @@ def check_saved(
     *,
     learner: Learner,
     batches: Sequence[Batch],
-    trained: RowLosses,
-    base: RowLosses,
+    trained: RowLosses | None = None,
 ) -> HandoffReport:
     """Loads the saved adapter into `learner` and replays the first batches of the validation split.
 
     Args:
-        trained: validation losses at the step the adapter was saved.
-        base: validation losses of the base model.
+        adapter: the adapter that was saved.
+        trained: validation losses as measured in training, at the step that `adapter` is of; where given, they are
+            what the rows' losses are compared with.
     """
-    saved = read_saved(folder, adapter)
-    learner.import_state(TrainState(adapter=saved.tensors, optimizer={}))
-    losses = learner.evaluate(islice(batches, NUM_BATCHES))
-    replayed = losses.nll / losses.num_targets
-    return HandoffReport(
-        num_rows=len(replayed),
-        max_difference=_largest(replayed - _means_of(trained, losses)),
-        max_effect=_largest(replayed - _means_of(base, losses)),
+    some = list(islice(batches, NUM_BATCHES))
+    source = replay_with(learner, adapter, some)
+    base = replay_with(learner, without_effect(adapter), some)
+    target = replay_with(learner, read_saved(folder, adapter), some)
+    report = compare_ends(source, target, base=base)
+    if trained is None:
+        return report
+    drift = _largest(target.row_means - _means_of(trained, target))
+    return HandoffReport(**{**asdict(report), "max_difference": max(report.max_difference, drift)})
+
+
+def replay_with(learner: Learner, adapter: Adapter, batches: Sequence[Batch]) -> Replay:
+    """Puts the adapter's values into the learner, with a fresh optimiser, and replays the rows."""
+    learner.import_state(TrainState(adapter=adapter.tensors, optimizer={}))
+    return learner.replay(batches)
+
+
+def without_effect(adapter: Adapter) -> Adapter:
+    """The adapter with every B zero: the base model."""
+    return adapter.with_tensors(
+        {name: np.zeros_like(tensor) if name.endswith(LORA_B) else tensor for name, tensor in adapter.tensors.items()}
     )
 
 
-def _means_of(all_rows: RowLosses, some_rows: RowLosses) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def replay_of_logits(batches: Sequence[Batch], logits: Sequence[npt.NDArray[np.float32]]) -> Replay:
+    """The replay that a peer library's logits amount to.
+
+    Args:
+        logits: for each batch, float32 [targets, vocabulary], in the order of the flattened batch.
+    """
+    nll, greedy = [], []
+    for batch, found in zip(batches, logits, strict=True):
+        wide = found.astype(np.float64)
+        top = wide.max(axis=1)
+        log_sum = np.log(np.exp(wide - top[:, None]).sum(axis=1)) + top
+        nll.append(log_sum - wide[np.arange(len(wide)), batch.targets[batch.targets != IGNORE]])
+        greedy.append(wide.argmax(axis=1))
+    return Replay.gather(batches, nll, greedy)
+
+
+def _means_of(all_rows: RowLosses, some_rows: Replay) -> FloatArray:
     """Mean loss in nats of the rows of `some_rows`, as `all_rows` has them."""
     place = {int(row): index for index, row in enumerate(all_rows.row_ids)}
     chosen = [place[int(row)] for row in some_rows.row_ids]
-    means: np.ndarray[tuple[int], np.dtype[np.float64]] = all_rows.nll[chosen] / all_rows.num_targets[chosen]
+    means: FloatArray = all_rows.nll[chosen] / all_rows.num_targets[chosen]
     return means
 
 
-def _largest(differences: np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
+def _largest(differences: FloatArray) -> float:
     return float(np.abs(differences).max())

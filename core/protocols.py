@@ -83,6 +83,47 @@ class RowLosses:
 
 
 @dataclass(frozen=True, slots=True)
+class Replay:
+    """An evaluation target by target: what one end of a hand-off says of the same rows."""
+
+    row_ids: IntArray
+    """int64 [N]"""
+    num_targets: IntArray
+    """int64 [N]"""
+    nll: FloatArray
+    """float64 [M]: negative log-likelihood of each target in nats, row after row; M is the sum of `num_targets`."""
+    greedy: IntArray
+    """int64 [M]: the most likely token at each target's position, given the right tokens before it."""
+
+    @classmethod
+    def gather(
+        cls,
+        batches: Sequence[Batch],
+        nll: Sequence[npt.NDArray[np.floating]],
+        greedy: Sequence[npt.NDArray[np.integer]],
+    ) -> Replay:
+        """Puts together what was found batch by batch: [targets] arrays in the order of the flattened batch."""
+        ids, counts = [], []
+        for batch in batches:
+            per_row = np.count_nonzero(batch.targets != IGNORE, axis=1)
+            ids.append(batch.row_ids[per_row > 0])
+            counts.append(per_row[per_row > 0])
+        return cls(
+            row_ids=np.concatenate(ids).astype(np.int64),
+            num_targets=np.concatenate(counts).astype(np.int64),
+            nll=np.concatenate(nll).astype(np.float64),
+            greedy=np.concatenate(greedy).astype(np.int64),
+        )
+
+    @property
+    def row_means(self) -> FloatArray:
+        """float64 [N]: mean loss of each row, in nats per token."""
+        starts = np.concatenate([[0], np.cumsum(self.num_targets)[:-1]]).astype(np.int64)
+        means: FloatArray = np.add.reduceat(self.nll, starts) / self.num_targets
+        return means
+
+
+@dataclass(frozen=True, slots=True)
 class TrainState:
     """Everything a backend needs to continue: under neutral names, in NumPy.
 
@@ -146,6 +187,10 @@ class Learner(Protocol):
 
     def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
         """Loss of every row, without dropout, at the present weights; rows in the batches' order."""
+        ...
+
+    def replay(self, batches: Iterable[Batch]) -> Replay:
+        """As `evaluate`, but target by target, with the token that the model would have chosen."""
         ...
 
     def export_state(self) -> TrainState: ...

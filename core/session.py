@@ -155,17 +155,13 @@ class Session:
             _log.warning("the checkpoint of step %d is damaged; its adapter is in %s", best_step, ADAPTERS)
             return
         adapter = self._write_adapters(best.state.adapter)
-        trained, base = read_row_losses(self._folder, best_step), read_row_losses(self._folder, 0)
-        if trained is None or base is None:
-            _log.warning("%s: row losses are missing, so the saved adapter was not checked", self._folder)
-            return
+        measured = read_row_losses(self._folder, best_step)
         report = check_saved(
             self._folder / ADAPTERS,
             adapter,
             learner=self._learner,
             batches=self._job.data.validation,
-            trained=trained[0],
-            base=base[0],
+            trained=None if measured is None else measured[0],
         )
         if report.problem is not None:
             _log.warning("%s: %s", self._folder / ADAPTERS, report.problem)
@@ -247,11 +243,12 @@ class Session:
         """What will be trained on what."""
         config, data, adapter = self._config, self._job.data, self._job.adapter
         names = " ".join(key.rsplit(".", 1)[-1] for key in adapter.layer_keys)
-        layers = f"{adapter.num_layers - adapter.first_layer} of {adapter.num_layers} layers"
+        layers = f"{len(adapter.layers)} of {adapter.num_layers} layers"
+        ranks = " and ".join(str(rank) for rank in adapter.ranks)
         lines = [
             f"twinkeel · {self._folder}",
             f"  model    {self._job.model.name} · {config.backend} · {self._learner.description}",
-            f"  adapter  rank {config.lora.rank} on {names} in {layers} · "
+            f"  adapter  rank {ranks} on {names} in {layers} · "
             f"{count(self._learner.num_trainable)} of {count(self._learner.num_parameters)} parameters",
             f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",

@@ -18,11 +18,10 @@ from rich.console import Console
 
 import backends
 from core.adapter import Adapter, plan_adapter
-from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS
+from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, read_saved
 from core.architecture import Architecture, read_architecture
 from core.config import RunConfig, to_plain
 from core.errors import UserError
-from core.handoff import read_saved
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
 from core.protocols import Backend, DeviceReport, Learner, TrainState

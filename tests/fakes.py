@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from core.protocols import IGNORE, Batch, MemoryStats, RowLosses, StepOutput, TrainState
+from core.protocols import IGNORE, Batch, MemoryStats, Replay, RowLosses, StepOutput, TrainState
 from core.seeding import generator, step_seed
 
 VOCAB = 16
@@ -64,6 +64,13 @@ class FakeLearner:
                 nll.append(-float(logp[chosen].sum()))
                 counts.append(len(chosen))
         return RowLosses(np.array(ids), np.array(nll), np.array(counts))
+
+    def replay(self, batches: Iterable[Batch]) -> Replay:
+        logp = _log_softmax(self.logits[0].astype(np.float64))
+        some = list(batches)
+        targets = [batch.targets[batch.targets != IGNORE] for batch in some]
+        greedy = [np.full(len(chosen), logp.argmax()) for chosen in targets]
+        return Replay.gather(some, [-logp[chosen] for chosen in targets], greedy)
 
     def export_state(self) -> TrainState:
         self.calls.append("export")

@@ -172,8 +172,8 @@ def _open(config: RunConfig, model: ResolvedModel, initial: Adapter, device: tor
     if checkpointing:
         enable_checkpointing(base)
     return CudaLearner(
+        base,
         put_adapter(base, initial),
-        adapter=initial,
         config=config,
         device=device,
         dtype=dtype,

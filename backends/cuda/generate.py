@@ -52,7 +52,7 @@ def generate(
         ids = torch.tensor([list(prompt_ids)], device=learner.device)
         cache = None
         while len(tokens) < max_tokens:
-            output = learner.base(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = learner.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             logits = output.logits[0, -1].float()
             if temperature == 0.0:
@@ -72,7 +72,7 @@ def generate(
 
 def end_tokens(learner: CudaLearner, tokenizer: Any) -> frozenset[int]:
     """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
-    settings = getattr(learner.base, "generation_config", None)
+    settings = getattr(learner.model, "generation_config", None)
     more = getattr(settings, "eos_token_id", None)
     listed = more if isinstance(more, list) else [more]
     return frozenset(int(i) for i in (tokenizer.eos_token_id, *listed) if i is not None)

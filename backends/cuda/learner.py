@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from backends.cuda.loss import summed_losses, token_losses
+from backends.cuda.loss import summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
-from backends.cuda.model import adapter_parameters
 from backends.cuda.optim import from_numpy, gradient, make_optimizer, to_numpy
-from core.adapter import Adapter
 from core.config import RunConfig
 from core.errors import UserError
 from core.protocols import (
@@ -23,6 +21,7 @@ from core.protocols import (
     FloatArray,
     IntArray,
     MemoryStats,
+    Replay,
     RowLosses,
     StepOutput,
     TrainState,
@@ -30,7 +29,7 @@ from core.protocols import (
 from core.seeding import step_seed
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class CudaLearner:
@@ -38,9 +37,9 @@ class CudaLearner:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: PreTrainedModel,
+        parameters: dict[str, torch.nn.Parameter],
         *,
-        adapter: Adapter,
         config: RunConfig,
         device: torch.device,
         dtype: torch.dtype,
@@ -49,17 +48,16 @@ class CudaLearner:
     ) -> None:
         self.model = model
         self.device = device
-        self.num_trainable = adapter.num_parameters
+        self.num_trainable = sum(parameter.numel() for parameter in parameters.values())
         self.num_parameters = num_base_parameters + self.num_trainable
         self.description = description
         self._dtype = dtype
         self._seed = config.train.seed
         self._optim = config.optim
-        self._parameters = adapter_parameters(model, adapter)
+        self._parameters = parameters
         self._optimizer = make_optimizer(self._parameters, config.optim, device=device)
-        base: Any = model.get_base_model()
-        self.base = base
-        self._decoder, self._head = base.model, base.lm_head
+        decoder: Any = model
+        self._decoder, self._head = decoder.model, decoder.lm_head
         model.train()
 
     # --- training
@@ -152,6 +150,25 @@ class CudaLearner:
             num_targets=np.concatenate([np.empty(0, np.int64), *counts]),
         )
 
+    def replay(self, batches: Iterable[Batch]) -> Replay:
+        """Loss and most likely token of every target, in the batches' order, without dropout.
+
+        Raises:
+            OutOfMemoryError: a batch did not fit.
+        """
+        some = [batch for batch in batches if batch.num_targets]
+        with self.evaluating():
+            pending = [self._replay(batch) for batch in some]
+            found = [(nll.cpu().numpy(), greedy.cpu().numpy()) for nll, greedy in pending]
+        return Replay.gather(some, [nll for nll, _ in found], [greedy for _, greedy in found])
+
+    def _replay(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return within_memory(
+            lambda: token_replay(self._head, *self._at_targets(batch)),
+            device=self.device,
+            doing=f"in an evaluation with {_extent([batch])}",
+        )
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it: no dropout, no gradients, the compute type. After it: training mode."""
@@ -203,7 +220,7 @@ class CudaLearner:
 
     def close(self) -> None:
         """Lets go of the model and its memory; the learner is of no use afterwards."""
-        for name in ("model", "base", "_decoder", "_head", "_parameters", "_optimizer"):
+        for name in ("model", "_decoder", "_head", "_parameters", "_optimizer"):
             setattr(self, name, None)
         if self.device.type == GPU:
             torch.cuda.empty_cache()

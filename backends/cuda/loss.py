@@ -51,7 +51,23 @@ def summed_losses(
 
 def token_losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each target in nats: float32 [N], for `hidden` [N, hidden] and int64 `targets` [N]."""
-    return torch.cat([_token_nll(_logits(head, h), t) for h, t in _chunks(hidden, targets)])
+    return torch.cat([_token_nll(logits, t) for logits, t in _chunks_of_logits(head, hidden, targets)])
+
+
+def token_replay(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `token_losses`, and the most likely token at each position: float32 [N] and int64 [N]."""
+    found = [(_token_nll(logits, t), logits.argmax(-1)) for logits, t in _chunks_of_logits(head, hidden, targets)]
+    losses, greedy = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(greedy)
+
+
+def _chunks_of_logits(
+    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for states, ids in _chunks(hidden, targets):
+        yield _logits(head, states), ids
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -14,13 +14,13 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from core.adapter import Adapter
+from backends.cuda.moe import attach_sparse, is_sparse
+from core.adapter import HEAD, LORA_A, LORA_B, Adapter
 from core.architecture import Architecture, read_architecture
 from core.config import ModelConfig
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
     from core.models import ResolvedModel
@@ -205,58 +205,67 @@ def _warn_of_unquantised_experts(base: PreTrainedModel, architecture: Architectu
     )
 
 
-def put_adapter(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
-    """Puts LoRA matrices with the values of `adapter` on `base`; they are float32 and all that trains.
+def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:
+    """Puts LoRA matrices with the values of `adapter` into `base`; they are float32 and all that trains.
+
+    Dense modules are PEFT's. Experts and routers, which transformers 5 keeps as bare parameters, are
+    `backends.cuda.moe`'s: PEFT would build every expert's whole delta at each forward pass and allows no dropout there.
+
+    Returns:
+        The trained parameters under the adapter's neutral names, in its order.
 
     Raises:
         UserError: the model lacks a module that the adapter is for.
     """
-    from peft import LoraConfig, get_peft_model
-
+    if HEAD in adapter.modules:
+        raise UserError(f"an adapter on {HEAD} can't be trained", hint="it can be carried, with: python cli.py convert")
+    sparse = [name for name in adapter.modules if is_sparse(name)]
+    dense = [name for name in adapter.modules if not is_sparse(name)]
     known = dict(base.named_modules())
-    lacking = [name for name in adapter.modules if name not in known]
-    if lacking:
+    if lacking := [name for name in dense if name not in known]:
         raise UserError(f"the adapter is for modules that this model lacks: {_listed(lacking)}")
-    settings = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT only divides by the rank
-        lora_dropout=adapter.dropout,
-        use_rslora=adapter.rslora,
-        target_modules=list(adapter.modules),
-        bias="none",
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(base, settings, adapter_name=ADAPTER_NAME)  # type: ignore[arg-type]
-    assert not isinstance(model, str)
-    _write_initial(adapter_parameters(model, adapter), adapter)
-    for module in model.modules():
-        # Under autocast the input can stay in the compute type; PEFT would turn it to float32 and autocast back.
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-    return model  # type: ignore[return-value]
-
-
-def adapter_parameters(model: PeftModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters under the adapter's neutral names, in its order."""
-    found = dict(model.named_parameters())
-    parameters: dict[str, torch.nn.Parameter] = {}
-    for name in adapter.tensors:
-        module, matrix = name.rsplit(".", 1)
-        parameters[name] = found[f"base_model.model.{module}.{matrix}.{ADAPTER_NAME}.weight"]
-    trained = {id(p) for p in found.values() if p.requires_grad}
-    assert trained == {id(p) for p in parameters.values()}, "PEFT adapted other modules than asked"
+    if dense:
+        _inject(base, adapter, dense)
+    base.requires_grad_(False)
+    found = {**_dense_parameters(base, dense), **attach_sparse(base, adapter, sparse)}
+    parameters = {name: found[name] for name in adapter.tensors}
+    for name, parameter in parameters.items():
+        value = torch.from_numpy(adapter.tensors[name].copy())
+        assert parameter.shape == value.shape, f"{name} is {tuple(parameter.shape)}"
+        parameter.data = value.to(parameter.device)  # PEFT makes it in the base's type; it is float32
+        parameter.requires_grad_(True)
     return parameters
 
 
-def _write_initial(parameters: dict[str, torch.nn.Parameter], adapter: Adapter) -> None:
-    for name, parameter in parameters.items():
-        value = torch.from_numpy(adapter.tensors[name].copy())
-        assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
-        assert parameter.shape == value.shape, f"{name} is {tuple(parameter.shape)}"
-        parameter.data.copy_(value)
+def _inject(base: PreTrainedModel, adapter: Adapter, names: list[str]) -> None:
+    """PEFT's LoRA layers in place of the named modules."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    settings = LoraConfig(
+        lora_dropout=adapter.dropout,
+        target_modules=names,
+        rank_pattern={name: adapter.modules[name].rank for name in names},
+        bias="none",
+        init_lora_weights=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(settings, base, adapter_name=ADAPTER_NAME)
+    layers = dict(base.named_modules())
+    for name in names:
+        layer: Any = layers[name]
+        layer.scaling[ADAPTER_NAME] = adapter.scale_of(name)
+        # Under autocast the input can stay in the compute type; PEFT would turn it to float32 and autocast back.
+        layer.cast_input_dtype_enabled = False
+
+
+def _dense_parameters(base: PreTrainedModel, names: list[str]) -> dict[str, torch.nn.Parameter]:
+    found = dict(base.named_parameters())
+    return {
+        f"{name}.{letter}": found[f"{name}.{letter}.{ADAPTER_NAME}.weight"]
+        for name in names
+        for letter in (LORA_A, LORA_B)
+    }
 
 
 def enable_checkpointing(base: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses
+from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses, token_replay
 from backends.mlx.memory import MemoryMeter, translate_out_of_memory
 from backends.mlx.model import Network
 from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
@@ -23,6 +23,7 @@ from core.protocols import (
     FILLER_ROW,
     Batch,
     MemoryStats,
+    Replay,
     RowLosses,
     StepOutput,
     Tensors,
@@ -170,6 +171,22 @@ class MlxLearner:
             with translate_out_of_memory("an evaluation"):
                 parts.append(_per_row(*waiting))
         return _joined(parts)
+
+    def replay(self, batches: Iterable[Batch]) -> Replay:
+        """Waits for the device at every batch: it is for a few rows."""
+        some = [batch for batch in batches if batch.num_targets]
+        found = [self._replay(batch) for batch in some]
+        return Replay.gather(some, [nll for nll, _ in found], [greedy for _, greedy in found])
+
+    def _replay(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        selection = select_targets(batch)
+        with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
+            tokens, position, target, _ = _device_arrays(batch, selection)
+            hidden = self.network.hidden_states(self.parameters, tokens)
+            found = token_replay(self.network.project, hidden, position, target)
+            mx.eval(found)
+            nll, greedy = (np.array(array[: selection.num_targets]) for array in found)
+        return nll, greedy
 
     def _losses_of_batch(
         self, parameters: Parameters, tokens: mx.array, position: mx.array, target: mx.array

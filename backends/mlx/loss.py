@@ -106,11 +106,18 @@ def summed_loss(
 
 def token_losses(project: Project, hidden: mx.array, position: mx.array, target: mx.array) -> mx.array:
     """Cross-entropy of each selected position, float32 [M] in nats."""
-    parts: list[mx.array] = []
+    return token_replay(project, hidden, position, target)[0]
+
+
+def token_replay(project: Project, hidden: mx.array, position: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+    """As `token_losses`, and the most likely token at each position: float32 [M] and uint32 [M]."""
+    losses: list[mx.array] = []
+    greedy: list[mx.array] = []
     for selected, ids in _chunks(_flatten(hidden)[position], target):
-        logits, log_total = _logits(project, mx.depends(selected, parts[-1:]) if parts else selected)
-        parts.append(log_total - _picked(logits, ids))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        logits, log_total = _logits(project, mx.depends(selected, losses[-1:]) if losses else selected)
+        losses.append(log_total - _picked(logits, ids))
+        greedy.append(mx.argmax(logits, axis=-1))
+    return mx.concatenate(losses), mx.concatenate(greedy)
 
 
 def _flatten(hidden: mx.array) -> mx.array:

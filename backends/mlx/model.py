@@ -19,7 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx.memory import is_out_of_memory, translate_out_of_memory
-from core.adapter import LORA_A, LORA_B, Adapter
+from core.adapter import HEAD, LORA_A, LORA_B, Adapter, split_name
+from core.adapter_mlx import module_name
 from core.architecture import Architecture, read_architecture
 from core.errors import UserError
 
@@ -269,20 +270,21 @@ class _Slot:
     index: int
     layer: int
     linear: Any
-    """mlx-lm's LoRALinear."""
+    """mlx-lm's LoRALinear or LoRASwitchLinear."""
 
     @property
     def names(self) -> tuple[str, str]:
         return f"{self.name}.{LORA_A}", f"{self.name}.{LORA_B}"
 
     def place(self, parameters: Arrays, keys: mx.array | None) -> None:
-        a, b = self.names
-        self.linear.lora_a, self.linear.lora_b = parameters[a].T, parameters[b].T
+        a, b = (parameters[name] for name in self.names)
+        # experts lie in mlx-lm as they do in the neutral form; dense matrices are transposed
+        self.linear.lora_a, self.linear.lora_b = (a.T, b.T) if a.ndim == 2 else (a, b)
         self.linear.dropout.use(None if keys is None else keys[self.index])
 
 
 def attach_adapter(module: nn.Module, adapter: Adapter) -> list[_Slot]:
-    """Replaces each module of `adapter` with mlx-lm's LoRALinear around it.
+    """Replaces each module of `adapter` with mlx-lm's LoRALinear (of experts: LoRASwitchLinear) around it.
 
     Raises:
         UserError: an adapter that was made for another model.
@@ -294,21 +296,37 @@ def attach_adapter(module: nn.Module, adapter: Adapter) -> list[_Slot]:
 
 
 def _attach(module: nn.Module, adapter: Adapter, name: str, *, index: int) -> _Slot:
-    from mlx_lm.tuner.lora import LoRALinear
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
-    layer, parent_name, leaf = name.split(".")[2:]
-    parent = module.layers[int(layer)][parent_name] if int(layer) < len(module.layers) else {}
+    if name == HEAD:
+        raise UserError(f"an adapter on {HEAD} can't be trained", hint="it can be carried, with: python cli.py convert")
+    parent, leaf = _place(module, name)
     base = parent.get(leaf)
-    if not isinstance(base, nn.Linear | nn.QuantizedLinear):
+    kinds = {nn.Linear: LoRALinear, nn.QuantizedLinear: LoRALinear}
+    kinds |= dict.fromkeys((SwitchLinear, QuantizedSwitchLinear), LoRASwitchLinear)
+    if type(base) not in kinds:
         raise _unfit(f"it has no linear module {name}")
-    linear = LoRALinear.from_base(base, r=adapter.rank, scale=adapter.scale)
-    for key, array in ((LORA_A, linear.lora_a), (LORA_B, linear.lora_b)):
-        found, expected = adapter.tensors[f"{name}.{key}"].shape, array.shape[::-1]
+    linear = kinds[type(base)].from_base(base, r=adapter.modules[name].rank, scale=adapter.scale_of(name))
+    for key, array in zip((LORA_A, LORA_B), (linear.lora_a, linear.lora_b), strict=True):
+        found, expected = adapter.tensors[f"{name}.{key}"].shape, array.shape if array.ndim == 3 else array.shape[::-1]
         if found != expected:
             raise _unfit(f"{name}.{key} is {found} instead of {expected}")
     linear.dropout = KeyedDropout(adapter.dropout)
     parent[leaf] = linear
-    return _Slot(name, index, int(layer), linear)
+    return _Slot(name, index, split_name(name)[0], linear)
+
+
+def _place(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds the one of this name, and its name in there; an empty dict when there is none."""
+    layer, _ = split_name(name)
+    if layer >= len(module.layers):
+        return {}, name
+    *parents, leaf = module_name(name).split(".")[3:]
+    parent = module.layers[layer]
+    for part in parents:
+        parent = parent.get(part, {})
+    return parent, leaf
 
 
 def _unfit(why: str) -> UserError:

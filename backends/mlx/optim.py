@@ -115,8 +115,7 @@ class Adafactor:
     weight_decay: float
 
     def slot_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        assert len(shape) == 2
-        return {"row_var": shape[:1], "col_var": shape[1:]}
+        return {"row_var": shape[:-1], "col_var": (*shape[:-2], shape[-1])}
 
     def coefficients(self, lr: float, step: int) -> list[float]:
         rest = step**-0.8
@@ -127,7 +126,7 @@ class Adafactor:
         square = gradient * gradient + 1e-30
         row = beta * slots["row_var"] + rest * square.mean(axis=-1)
         column = beta * slots["col_var"] + rest * square.mean(axis=-2)
-        scale = mx.rsqrt(row / row.mean())[:, None] * mx.rsqrt(column)[None, :]
+        scale = mx.rsqrt(row / row.mean(axis=-1, keepdims=True))[..., None] * mx.rsqrt(column)[..., None, :]
         change = gradient * scale
         rms = mx.sqrt((change * change).mean())
         change = change / mx.maximum(rms, 1.0)

@@ -210,7 +210,7 @@ def test_out_of_memory_is_one_line_and_leaves_the_learner_usable(llama: Path) ->
     def too_much(*_: Any) -> None:
         torch.empty(2**50)
 
-    hook = learner.base.model.layers[1].register_forward_hook(too_much)
+    hook = learner.model.model.layers[1].register_forward_hook(too_much)
     for fails in (
         lambda: learner.train_step(microbatches(), step=1, lr=LR),
         lambda: learner.evaluate(microbatches()),
@@ -242,14 +242,14 @@ def test_nf4_layers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     learner = open_learner("cuda", llama, model={"bits": 4})
-    quantised = {n: m for n, m in learner.base.named_modules() if isinstance(m, modules.Linear4bit)}
+    quantised = {n: m for n, m in learner.model.named_modules() if isinstance(m, modules.Linear4bit)}
     assert len(quantised) == 2 * 7
     for module in quantised.values():
         state = module.weight.quant_state
         assert (state.quant_type, state.nested, module.compute_dtype) == ("nf4", True, torch.float32)
         assert not module.support_avx512bf16_for_cpu
-    assert isinstance(learner.base.lm_head, torch.nn.Linear)
-    assert not isinstance(learner.base.lm_head, modules.Linear4bit)
+    assert isinstance(learner.model.lm_head, torch.nn.Linear)
+    assert not isinstance(learner.model.lm_head, modules.Linear4bit)
     assert learner.description.startswith("NF4 4-bit weights, float32 compute, CPU")
     learner.evaluate(microbatches())
     assert float(learner.train_step(microbatches(), step=1, lr=LR).grad_norm) > 0.1

@@ -84,12 +84,24 @@ def test_no_targets_at_all() -> None:
         target_keys([], DENSE)
 
 
-def test_a_mixture_of_experts_has_attention_targets_only() -> None:
+def test_a_mixture_of_experts_has_its_router_adapted_only_when_asked() -> None:
+    experts = tuple(f"mlp.experts.{name}_proj" for name in ("gate", "up", "down"))
     assert target_keys("attention", MIXTRAL) == QKVO
-    for targets in ("all-linear", ["gate_proj"], ["q_proj", "down_proj"], ["mlp.up_proj"]):
-        with pytest.raises(UserError, match="experts") as caught:
-            target_keys(targets, MIXTRAL)
-        assert "lora.targets=attention" in (caught.value.hint or "")
+    assert target_keys("all-linear", MIXTRAL) == (*QKVO, *experts)
+    assert target_keys(["down_proj", "q_proj"], MIXTRAL) == ("self_attn.q_proj", "mlp.experts.down_proj")
+    assert target_keys(["gate"], MIXTRAL) == ("mlp.gate",)
+    assert target_keys("attention", MIXTRAL, router=True) == (*QKVO, "mlp.gate")
+    assert target_keys("attention", DENSE, router=True) == QKVO
+
+
+def test_experts_have_a_leading_axis() -> None:
+    adapter = plan(targets=["up_proj"], rank=3, arch=MIXTRAL)
+    experts, out, inside = MIXTRAL.num_experts, MIXTRAL.intermediate_size, MIXTRAL.hidden_size
+    name = "model.layers.1.mlp.experts.up_proj"
+    assert adapter.tensors[f"{name}.lora_A"].shape == (experts, 3, inside)
+    assert adapter.tensors[f"{name}.lora_B"].shape == (experts, out, 3)
+    a = adapter.tensors[f"{name}.lora_A"]
+    assert not np.array_equal(a[0], a[1])  # each expert starts elsewhere
 
 
 # --- shapes and values ------------------------------------------------------------------------------------------------
@@ -176,16 +188,28 @@ def test_first_values_depend_on_seed_and_name_only() -> None:
 )
 def test_frozen_fraction(fraction: float, num_layers: int, first: int) -> None:
     adapter = plan(arch=architecture(num_layers=num_layers), frozen_fraction=fraction, targets=["q_proj"], rank=1)
-    assert (adapter.first_layer, adapter.num_layers) == (first, num_layers)
+    assert adapter.layers == tuple(range(first, num_layers))
+    assert adapter.num_layers == num_layers
     expected = tuple(f"model.layers.{layer}.self_attn.q_proj" for layer in range(first, num_layers))
-    assert adapter.modules == expected
+    assert tuple(adapter.modules) == expected
     assert set(adapter.tensors) == {f"{name}.lora_{part}" for name in expected for part in "AB"}
 
 
 def test_scale() -> None:
-    assert plan(rank=16, alpha=32).scale == 2.0
-    assert plan(rank=16, alpha=32, rslora=True).scale == 8.0
-    assert plan(rank=8, alpha=4).scale == 0.5
+    name = "model.layers.0.self_attn.q_proj"
+    assert plan(rank=16, alpha=32).scale_of(name) == 2.0
+    assert plan(rank=16, alpha=32, rslora=True).scale_of(name) == 8.0
+    assert plan(rank=8, alpha=4).scale_of(name) == 0.5
+
+
+def test_an_adapter_does_nothing_until_a_pair_is_filled() -> None:
+    adapter = plan()
+    assert adapter.does_nothing
+    tensors = dict(adapter.tensors)
+    tensors["model.layers.1.self_attn.v_proj.lora_B"] = np.ones((32, 4), np.float32)
+    assert not adapter.with_tensors(tensors).does_nothing
+    tensors["model.layers.1.self_attn.v_proj.lora_A"] = np.zeros((4, 64), np.float32)
+    assert adapter.with_tensors(tensors).does_nothing
 
 
 def test_with_tensors_changes_the_values_only() -> None:
@@ -193,7 +217,7 @@ def test_with_tensors_changes_the_values_only() -> None:
     ones = {name: np.ones_like(tensor) for name, tensor in adapter.tensors.items()}
     other = adapter.with_tensors(ones)
     assert other.tensors is ones
-    for name in ("rank", "alpha", "dropout", "rslora", "num_layers", "first_layer", "modules", "scale"):
+    for name in ("modules", "dropout", "rslora", "num_layers", "layers", "layer_keys", "ranks"):
         assert getattr(other, name) == getattr(adapter, name)
     with pytest.raises(AssertionError):
         adapter.with_tensors(dict(list(ones.items())[1:]))

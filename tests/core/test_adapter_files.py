@@ -14,14 +14,15 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from core import adapter_mlx, adapter_peft
 from core.adapter import Adapter, plan_adapter
 from core.adapter_files import (
     CONFIG,
     MLX_WEIGHTS,
     PEFT_WEIGHTS,
     adapter_config,
-    mlx_weights,
-    peft_weights,
+    find_adapter,
+    read_saved,
     write_adapter,
 )
 from core.architecture import read_architecture
@@ -48,6 +49,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mistral": ({"model_type": "mistral"}, {"targets": "all-linear"}),
     "mixtral": ({"model_type": "mixtral", "num_layers": 3}, {"frozen_fraction": 0.5}),
     "tied": ({"tied": True}, {"alpha": 5, "dropout": 0.3}),
+    "experts": ({"model_type": "mixtral"}, {"targets": "all-linear"}),
+    "gates of experts": (
+        {"model_type": "mixtral", "num_layers": 3},
+        {"targets": ["gate_proj"], "frozen_fraction": 0.4},
+    ),
+    "up and down": ({"model_type": "mixtral"}, {"targets": ["up_proj", "down_proj"], "rslora": True}),
+    "router": ({"model_type": "mixtral"}, {"targets": ["gate", "q_proj"]}),
 }
 
 
@@ -91,12 +99,26 @@ def by_hand(model: Path, adapter: Adapter) -> Logits:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    factor = adapter.alpha / (adapter.rank**0.5 if adapter.rslora else adapter.rank)
     with torch.no_grad():
         for name in adapter.modules:
-            delta = factor * adapter.tensors[f"{name}.lora_B"] @ adapter.tensors[f"{name}.lora_A"]
-            loaded.get_submodule(name).weight += torch.from_numpy(delta)
+            rank, alpha = adapter.modules[name].rank, adapter.modules[name].alpha
+            factor = alpha / (rank**0.5 if adapter.rslora else rank)
+            delta = torch.from_numpy(factor * adapter.tensors[f"{name}.lora_B"] @ adapter.tensors[f"{name}.lora_A"])
+            if ".experts." in name:
+                _add_to_experts(loaded.get_submodule(name.rpartition(".")[0]), name, delta)
+            else:
+                loaded.get_submodule(name).weight += delta
         return np.asarray(loaded.eval()(torch.tensor(TOKENS[None])).logits[0].double().numpy())
+
+
+def _add_to_experts(experts: Any, name: str, delta: Any) -> None:
+    if name.endswith("down_proj"):
+        experts.down_proj += delta
+        return
+    wide = delta.shape[1]
+    experts.gate_up_proj[:, : wide if name.endswith("gate_proj") else None][
+        :, 0 if name.endswith("gate_proj") else wide :
+    ] += delta
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -162,7 +184,7 @@ def test_tensors_that_are_views_are_saved_as_what_they_show(tmp_path: Path, adap
     write_adapter(tmp_path / "two", views, base_model="x")
     for name in (PEFT_WEIGHTS, MLX_WEIGHTS):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    assert all(t.flags.c_contiguous for t in {**peft_weights(views), **mlx_weights(views)}.values())
+    assert all(t.flags.c_contiguous for t in {**adapter_peft.weights(views), **adapter_mlx.weights(views)}.values())
 
 
 def test_the_configuration_speaks_both_languages(adapter: Adapter) -> None:
@@ -192,6 +214,35 @@ def test_writing_again_replaces_everything(tmp_path: Path, adapter: Adapter) -> 
     other = adapter.with_tensors({n: t + 1 for n, t in adapter.tensors.items()})
     write_adapter(folder, other, base_model="two")
     assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == "two"
-    name = adapter.modules[0]
+    name = next(iter(adapter.modules))
     np.testing.assert_array_equal(load_file(folder / MLX_WEIGHTS)[f"{name}.lora_a"], other.tensors[f"{name}.lora_A"].T)
     assert sorted(os.listdir(folder)) == sorted([CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS])
+
+
+# --- reading them again -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["peft", "mlx"])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_read_is_what_was_written(tmp_path: Path, case: str, form: Any) -> None:
+    model_settings, lora = CASES[case]
+    model = make_model(tmp_path / "model", **model_settings)
+    adapter = make_adapter(model, lora)
+    write_adapter(tmp_path / "adapters", adapter, base_model="hub/base", forms=[form])
+    found = find_adapter(tmp_path / "adapters")
+    assert (found.form, found.base_model) == (form, "hub/base")
+    read = found.read(read_architecture(model))
+    assert list(read.modules) == list(adapter.modules)
+    for name in adapter.modules:
+        assert read.scale_of(name) == pytest.approx(adapter.scale_of(name), rel=1e-12)
+    for name, tensor in adapter.tensors.items():
+        np.testing.assert_array_equal(read.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_own_folder_is_read_back_as_it_was(tmp_path: Path, case: str) -> None:
+    model_settings, lora = CASES[case]
+    adapter = make_adapter(make_model(tmp_path / "model", **model_settings), lora)
+    write_adapter(tmp_path / "adapters", adapter, base_model="hub/base")
+    for name, tensor in read_saved(tmp_path / "adapters", adapter).tensors.items():
+        np.testing.assert_array_equal(tensor, adapter.tensors[name])

@@ -50,10 +50,17 @@ def test_the_count_is_transformers(tmp_path: Path, kind: str) -> None:
         model = AutoModelForCausalLM.from_config(config)
     assert architecture.num_parameters == model.num_parameters()
     # and the linear modules are where, and as large as, it says
-    modules = dict(model.named_modules())
+    tensors = dict(model.named_parameters())
     for layer in range(architecture.num_layers):
-        for key, shape in architecture.linear_shapes().items():
-            assert tuple(modules[f"model.layers.{layer}.{key}"].weight.shape) == shape
+        for key, shape in architecture.module_shapes().items():
+            name = f"model.layers.{layer}.{key}"
+            if ".experts." not in key:
+                assert tuple(tensors[f"{name}.weight"].shape) == shape
+            elif key.endswith("down_proj"):
+                assert tuple(tensors[name].shape) == shape
+            else:  # transformers fuses gate and up
+                fused = tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+                assert tuple(fused.shape) == (shape[0], 2 * shape[1], shape[2])
     assert architecture.is_moe == ("mixtral" in kind)
     assert architecture.tied_embeddings == model.config.tie_word_embeddings
 
@@ -74,16 +81,18 @@ def test_mixtral_8x7b_by_hand(tmp_path: Path) -> None:
     )  # fmt: skip
     assert architecture.num_parameters == 46_702_792_704  # as its model card says
     assert architecture.is_moe
-    assert set(architecture.linear_shapes()) == {f"self_attn.{name}_proj" for name in "qkvo"}
+    experts = {f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")}
+    assert set(architecture.module_shapes()) == {f"self_attn.{name}_proj" for name in "qkvo"} | {"mlp.gate"} | experts
+    assert architecture.module_shapes()["mlp.experts.down_proj"] == (8, 4096, 14336)
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 8), ({"head_dim": None}, 8), ({"head_dim": 24}, 24)])
 def test_head_dim(tmp_path: Path, given: dict[str, Any], expected: int) -> None:
     architecture = read(tmp_path, **given)
     assert architecture.head_dim == expected
-    assert architecture.linear_shapes()["self_attn.q_proj"] == (4 * expected, 32)
-    assert architecture.linear_shapes()["self_attn.k_proj"] == (2 * expected, 32)
-    assert architecture.linear_shapes()["self_attn.o_proj"] == (32, 4 * expected)
+    assert architecture.module_shapes()["self_attn.q_proj"] == (4 * expected, 32)
+    assert architecture.module_shapes()["self_attn.k_proj"] == (2 * expected, 32)
+    assert architecture.module_shapes()["self_attn.o_proj"] == (32, 4 * expected)
 
 
 def test_without_grouped_queries(tmp_path: Path) -> None:

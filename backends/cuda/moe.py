@@ -1,0 +1,136 @@
+"""LoRA on a mixture's experts and router, which transformers 5 keeps as bare parameters and not as linear layers.
+
+An expert's matrices are applied to the tokens that were routed to it and to no others. What the experts say of a token
+is added up in a fixed order, so that the same batch gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from core.adapter import LORA_A, LORA_B, Adapter
+from core.architecture import EXPERTS, ROUTER
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_GATE, _UP, _DOWN = (key.rsplit(".", 1)[-1] for key in EXPERTS)
+
+
+def is_sparse(module: str) -> bool:
+    """Whether a module of an adapter is a layer's experts or its router."""
+    return ".mlp.experts." in module or module.endswith(f".{ROUTER}")
+
+
+def attach_sparse(base: PreTrainedModel, adapter: Adapter, names: Sequence[str]) -> dict[str, torch.nn.Parameter]:
+    """Wraps the experts and routers of `names`; returns the new parameters under their neutral names.
+
+    Raises:
+        UserError: the model has no such experts or router.
+    """
+    found: dict[str, torch.nn.Parameter] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        wrapper = _wrapped(base, path if ".mlp.experts." in name else name, adapter.dropout)
+        lora = LoraPair(adapter, name)
+        wrapper.add(leaf, lora.to(wrapper.device))
+        found[f"{name}.{LORA_A}"], found[f"{name}.{LORA_B}"] = lora.a, lora.b
+    return found
+
+
+def _wrapped(base: PreTrainedModel, path: str, dropout: float) -> LoraExperts | LoraRouter:
+    """The wrapper around the module at `path`, put there if it isn't yet."""
+    parent_path, _, leaf = path.rpartition(".")
+    try:
+        parent: Any = base.get_submodule(parent_path)
+        module = getattr(parent, leaf)
+    except AttributeError:
+        raise UserError(f"the adapter is for {path}, which this model lacks") from None
+    if not isinstance(module, LoraExperts | LoraRouter):
+        module = LoraExperts(module, dropout) if leaf == "experts" else LoraRouter(module, dropout)
+        setattr(parent, leaf, module)
+    return module
+
+
+class LoraPair(torch.nn.Module):  # type: ignore[misc]
+    """A and B of one module, of all experts where it has experts."""
+
+    def __init__(self, adapter: Adapter, name: str) -> None:
+        super().__init__()
+        a, b = adapter.matrices(name)
+        self.a = torch.nn.Parameter(torch.from_numpy(a.copy()))
+        self.b = torch.nn.Parameter(torch.from_numpy(b.copy()))
+        self.scale = adapter.scale_of(name)
+
+    def forward(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """scale * B A x, in the type of `x`: [tokens, in] -> [tokens, out]."""
+        a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
+        return self.scale * F.linear(F.linear(x.to(a.dtype), a), b).to(x.dtype)
+
+
+class _Lora(torch.nn.Module):  # type: ignore[misc]
+    """Something frozen with LoRA pairs by name."""
+
+    def __init__(self, base: torch.nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.base = base
+        self.pairs = torch.nn.ModuleDict()
+        self.dropout = dropout
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+    def add(self, name: str, pair: LoraPair) -> None:
+        self.pairs[name] = pair
+
+    def _delta(self, name: str, x: torch.Tensor, expert: int | None = None) -> torch.Tensor | float:
+        if name not in self.pairs:
+            return 0.0
+        delta: torch.Tensor = self.pairs[name](F.dropout(x, self.dropout, self.training), expert)
+        return delta
+
+
+class LoraRouter(_Lora):
+    """transformers' `MixtralTopKRouter` with LoRA on its logits."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [tokens, experts], normalised weights [tokens, k] and indices [tokens, k] of the chosen experts."""
+        base: Any = self.base
+        hidden = hidden.reshape(-1, base.hidden_dim)
+        logits = F.linear(hidden, base.weight) + self._delta(ROUTER.rsplit(".", 1)[-1], hidden)
+        top, index = torch.topk(F.softmax(logits.float(), dim=-1), base.top_k, dim=-1)
+        return logits, top / top.sum(dim=-1, keepdim=True), index
+
+
+class LoraExperts(_Lora):
+    """transformers' fused experts (`gate_up_proj`, `down_proj`) with LoRA on gate, up and down."""
+
+    def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the chosen experts make of each token, weighted and added up.
+
+        Args:
+            hidden: [tokens, hidden]; index: int64 [tokens, k], the chosen experts; weights: [tokens, k].
+        """
+        base: Any = self.base
+        num_tokens, k = index.shape
+        order = index.flatten().argsort(stable=True)  # tokens of the same expert side by side
+        # device-to-host synchronisation: the sizes of the experts' shares
+        counts = index.flatten().bincount(minlength=base.num_experts).tolist()
+        shares = hidden[order // k].split(counts)
+        found = torch.cat([self._expert(expert, share) for expert, share in enumerate(shares) if len(share)])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        by_token = found[back].view(num_tokens, k, -1)
+        return (by_token * weights[..., None]).sum(dim=1).to(hidden.dtype)
+
+    def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        base: Any = self.base
+        gate, up = F.linear(x, base.gate_up_proj[expert]).chunk(2, dim=-1)
+        inner = base.act_fn(gate + self._delta(_GATE, x, expert)) * (up + self._delta(_UP, x, expert))
+        return F.linear(inner, base.down_proj[expert]) + self._delta(_DOWN, inner, expert)
