@@ -22,6 +22,7 @@ _FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--rank", "lora.rank", int, "rank of the adapter"),
     ("--alpha", "lora.alpha", float, "scale of the adapter: alpha / rank"),
     ("--dropout", "lora.dropout", float, "dropout on the adapter's input"),
+    ("--init-adapter", "lora.init_adapter", str, "go on from an adapter: PEFT's, mlx-lm's or a run's"),
     ("--lr", "optim.lr", float, "peak learning rate"),
     ("--epochs", "train.epochs", float, "passes over the training rows"),
     ("--max-steps", "train.max_steps", int, "stop after so many optimiser steps"),
@@ -32,6 +33,9 @@ _FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--seed", "train.seed", int, "decides split, order, initial adapter, dropout"),
     ("--output", "output", str, "run folder (default: a new one under runs/)"),
 )
+
+_WHERE = ("--backend", "--device", "--model", "--data")
+"""Flags that say where things are; a resumed run may find them elsewhere."""
 
 
 def train(args: argparse.Namespace) -> int:
@@ -45,15 +49,15 @@ def train(args: argparse.Namespace) -> int:
         from core.workflow import train
 
         return train(settings, console=make_console())
-    if given := _given(args):
+    if given := [flag for flag in _given(args) if flag not in _WHERE]:
         raise UserError(
             f"--resume continues with the run's own settings; {', '.join(given)} would change them",
-            hint="leave them out, or start a new run without --resume",
+            hint=f"leave them out (only {', '.join(_WHERE)} may differ), or start a new run without --resume",
         )
     folder = existing_run(args.resume or None)
     from core.workflow import resume
 
-    return resume(folder, console=make_console())
+    return resume(folder, flags=_flags(args), console=make_console())
 
 
 def monitor(args: argparse.Namespace) -> int:
@@ -81,6 +85,61 @@ def generate(args: argparse.Namespace) -> int:
     from core.workflow import answer
 
     return answer(folder, args.prompt, max_tokens=args.max_tokens, console=make_console())
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Writes an adapter for PEFT, for mlx-lm or for both, and proves that it does the same there."""
+    from core.screen import make_console
+    from core.workflow import convert
+
+    return convert(
+        args.adapter, to=args.to, output=args.output, model=args.model, data=args.data, console=make_console()
+    )
+
+
+def parity(args: argparse.Namespace) -> int:
+    """Trains the same on both backends and compares every number; or records one side; or compares two records."""
+    from pathlib import Path
+
+    from core.errors import UserError
+    from core.screen import make_console
+
+    match args.what:
+        case ["compare", one, other]:
+            if given := [flag for flag in _given(args) if flag != "--output"]:
+                raise UserError(f"parity compare has its settings in the records; {', '.join(given)} has no effect")
+            from core.parity_run import compare_folders
+
+            return compare_folders(Path(one), Path(other), output=args.output, console=make_console())
+        case ["record"]:
+            settings = _settings(args)
+            from core.workflow import record_parity
+
+            return record_parity(settings, steps=args.steps, four_bits=not args.skip_4bit, console=make_console())
+        case []:
+            return _parity_of_both(args)
+    raise UserError(
+        f"parity {' '.join(args.what)}: no such form",
+        hint="parity [settings], parity record [settings], or parity compare RECORD RECORD",
+    )
+
+
+def _parity_of_both(args: argparse.Namespace) -> int:
+    import backends
+    from core.parity_run import run_parity
+    from core.screen import make_console
+
+    settings = _settings(args)
+    reports = [backends.get(name).probe(settings.config.device) for name in backends.names()]
+    return run_parity(
+        settings,
+        steps=args.steps,
+        four_bits=not args.skip_4bit,
+        problems={report.backend: "" if report.available else report.problem or "not installed" for report in reports},
+        command=(sys.executable, os.path.abspath(__file__)),
+        typed=_typed(args),
+        console=make_console(),
+    )
 
 
 def config_show(args: argparse.Namespace) -> int:
@@ -124,6 +183,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run_command=train)
     _add_monitor(commands)
     _add_generate(commands)
+    _add_convert(commands)
+    _add_parity(commands)
     config = commands.add_parser("config", help="look at settings").add_subparsers(metavar="show", required=True)
     command = config.add_parser("show", help="print the resolved settings and their sources")
     _add_settings(command)
@@ -149,6 +210,27 @@ def _add_generate(commands: Any) -> None:
     command.add_argument("--prompt", required=True, help="what to answer")
     command.add_argument("--max-tokens", type=_count, default=128, help="default: 128")
     command.set_defaults(run_command=generate)
+
+
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser("convert", help="write an adapter for PEFT, mlx-lm or both, and prove it")
+    command.add_argument("adapter", help="adapter folder made by PEFT, TRL, mlx-lm or here; or a run folder")
+    command.add_argument("--to", choices=("both", "peft", "mlx"), default="both", help="default: both in one folder")
+    command.add_argument("--output", metavar="DIR", help="new folder (default: beside the adapter)")
+    command.add_argument("--model", help="base model (default: the one that the adapter names)")
+    command.add_argument("--data", help="rows to compare the logits on (default: a shipped sample)")
+    command.set_defaults(run_command=convert)
+
+
+def _add_parity(commands: Any) -> None:
+    command = commands.add_parser("parity", help="prove that both backends train the same adapter")
+    command.add_argument(
+        "what", nargs="*", help="nothing: both sides, here; `record`: one side; `compare A B`: two records"
+    )
+    _add_settings(command)
+    command.add_argument("--steps", type=_count, default=20, help="optimiser steps (default: 20)")
+    command.add_argument("--skip-4bit", action="store_true", help="leave out what 4-bit weights cost")
+    command.set_defaults(run_command=parity)
 
 
 def _add_settings(command: argparse.ArgumentParser) -> None:
@@ -180,11 +262,18 @@ def _settings(args: argparse.Namespace) -> Any:
 
     from core.settings import resolve
 
-    values = vars(args)
-    flags = {name: (flag, values[name]) for flag, name, _, _ in _FLAGS if values[name] is not None}
     return resolve(
-        presets=args.preset, files=[Path(path) for path in args.config], assignments=args.assignments, flags=flags
+        presets=args.preset,
+        files=[Path(path) for path in args.config],
+        assignments=args.assignments,
+        flags=_flags(args),
     )
+
+
+def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
+    """Dotted name -> (flag, value) of the flags that were typed."""
+    values = vars(args)
+    return {name: (flag, values[name]) for flag, name, _, _ in _FLAGS if values[name] is not None}
 
 
 def _given(args: argparse.Namespace) -> list[str]:
@@ -193,6 +282,17 @@ def _given(args: argparse.Namespace) -> list[str]:
     given = [flag for flag, name, _, _ in _FLAGS if values[name] is not None]
     lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
     return given + [flag for flag, name in lists if values[name]]
+
+
+def _typed(args: argparse.Namespace) -> list[str]:
+    """The settings as they were typed, apart from backend and output."""
+    values = vars(args)
+    lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
+    typed = [word for flag, name in lists for value in values[name] for word in (flag, value)]
+    for flag, name, _, _ in _FLAGS:
+        if values[name] is not None and name not in ("backend", "output"):
+            typed += [flag, str(values[name])]
+    return typed
 
 
 def _print_json(value: object) -> int:

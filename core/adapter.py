@@ -9,6 +9,7 @@ one module with a leading axis: (experts, rank, in) and (experts, out, rank). Mo
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -83,6 +84,17 @@ class Adapter:
         return sum(int(tensor.size) for tensor in self.tensors.values())
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, scales and values."""
+        digest = hashlib.sha256()
+        for name in self.modules:
+            digest.update(f"{name} {self.scale_of(name)!r}".encode())
+            for matrix in self.matrices(name):
+                digest.update(f"{matrix.shape}".encode())
+                digest.update(np.ascontiguousarray(matrix, np.float32).tobytes())
+        return digest.hexdigest()
+
+    @property
     def does_nothing(self) -> bool:
         """Whether every module's B is zero (or its A), so that the model is the base model."""
         return not any(all(np.any(matrix) for matrix in self.matrices(name)) for name in self.modules)
@@ -110,8 +122,8 @@ def plan_adapter(lora: LoraConfig, architecture: Architecture, *, seed: int, rou
     """
     keys = target_keys(lora.targets, architecture, router=router)
     shapes = architecture.module_shapes()
-    first_layer = min(int(lora.frozen_fraction * architecture.num_layers + 1e-9), architecture.num_layers - 1)
-    names = [f"model.layers.{layer}.{key}" for layer in range(first_layer, architecture.num_layers) for key in keys]
+    layers = range(first_layer(lora, architecture), architecture.num_layers)
+    names = [f"model.layers.{layer}.{key}" for layer in layers for key in keys]
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for name in names:
         *experts, out_features, in_features = shapes[split_name(name)[1]]
@@ -124,6 +136,11 @@ def plan_adapter(lora: LoraConfig, architecture: Architecture, *, seed: int, rou
         dropout=lora.dropout,
         rslora=lora.rslora,
     )
+
+
+def first_layer(lora: LoraConfig, architecture: Architecture) -> int:
+    """Number of the lowest layer with an adapter."""
+    return min(int(lora.frozen_fraction * architecture.num_layers + 1e-9), architecture.num_layers - 1)
 
 
 def _first_a(name: str, shape: tuple[int, ...], *, seed: int) -> npt.NDArray[np.float32]:

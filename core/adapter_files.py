@@ -27,7 +27,7 @@ MLX_WEIGHTS = adapter_mlx.WEIGHTS
 
 Form = Literal["peft", "mlx"]
 BOTH: tuple[Form, ...] = ("peft", "mlx")
-_WEIGHTS = {"peft": PEFT_WEIGHTS, "mlx": MLX_WEIGHTS}
+_WEIGHTS: Mapping[Form, str] = {"peft": PEFT_WEIGHTS, "mlx": MLX_WEIGHTS}
 
 
 def write_adapter(folder: Path, adapter: Adapter, *, base_model: str, forms: Collection[Form] = BOTH) -> None:
@@ -84,8 +84,11 @@ class AdapterFolder:
         return reader(self.config, read_float32(self.path / _WEIGHTS[self.form]), architecture, where=str(self.path))
 
 
-def find_adapter(path: Path) -> AdapterFolder:
+def find_adapter(path: Path, *, form: Form | None = None) -> AdapterFolder:
     """Looks at an adapter folder, or at the `adapters` folder of a run.
+
+    Args:
+        form: the form that is wanted, of a folder that may have both.
 
     Raises:
         UserError: there is no adapter of a known form.
@@ -101,10 +104,9 @@ def find_adapter(path: Path) -> AdapterFolder:
         raise UserError(f"{folder / CONFIG}: not JSON ({error})", hint="copy the adapter again, whole") from None
     if not isinstance(config, dict):
         raise UserError(f"{folder / CONFIG}: not a JSON object", hint="copy the adapter again, whole")
-    if (folder / PEFT_WEIGHTS).is_file():
-        return AdapterFolder(folder, "peft", config)
-    if (folder / MLX_WEIGHTS).is_file():
-        return AdapterFolder(folder, "mlx", config)
+    for one in BOTH if form is None else (form,):
+        if (folder / _WEIGHTS[one]).is_file():
+            return AdapterFolder(folder, one, config)
     if (folder / "adapter_model.bin").is_file():
         raise UserError(
             f"{folder}: adapter_model.bin is a pickle, which can run code and is not read",

@@ -17,6 +17,9 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
+BASE_MODEL = "base model"
+INITIAL_ADAPTER = "initial adapter"
+
 
 class Section(BaseModel):
     """A group of settings: frozen, no unknown keys."""
@@ -75,6 +78,8 @@ class LoraConfig(Section):
     """First fraction of the layers that gets no adapter."""
     rslora: bool = False
     """Rank-stabilised LoRA: scale by alpha / sqrt(rank)."""
+    init_adapter: str | None = None
+    """Adapter folder (PEFT's, mlx-lm's or a run) to go on from; it decides rank, alpha, rslora, targets and layers."""
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -213,6 +218,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     moe: MoeConfig = MoeConfig()
     log: LogConfig = LogConfig()
+
+    @property
+    def start(self) -> str:
+        """What the first step starts from, in words."""
+        return BASE_MODEL if self.lora.init_adapter is None else INITIAL_ADAPTER
 
     @model_validator(mode="after")
     def _across_sections(self) -> RunConfig:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from core.adapter import LORA_B, Adapter
 from core.adapter_files import read_saved
-from core.protocols import IGNORE, Batch, FloatArray, Learner, Replay, RowLosses, TrainState
+from core.protocols import IGNORE, Batch, FloatArray, IntArray, Learner, Replay, RowLosses, TrainState
 
 NUM_BATCHES = 4
 TOLERANCE = 1e-3
@@ -67,6 +67,26 @@ class HandoffReport:
         return {**asdict(self), "loss_difference": self.loss_difference}
 
 
+@dataclass(frozen=True, slots=True)
+class RowCheck:
+    """What replaying rows showed that were measured before: in another place, at the same step."""
+
+    step: int
+    num_rows: int
+    source_loss: float
+    """Nats per target as measured before, over the rows that were replayed."""
+    target_loss: float
+    """Nats per target now, over the same rows."""
+    max_difference: float
+    """Largest difference of a row's mean loss, in nats."""
+    does_nothing: bool
+    """Whether an adapter that should change the base model's losses leaves them as they are."""
+
+    @property
+    def is_same(self) -> bool:
+        return self.max_difference <= TOLERANCE
+
+
 def compare_ends(source: Replay, target: Replay, *, base: Replay) -> HandoffReport:
     """Compares two ends on the same rows; `base` is the new end without the adapter."""
     for other in (target, base):
@@ -109,6 +129,42 @@ def check_saved(
     return HandoffReport(**{**asdict(report), "max_difference": max(report.max_difference, drift)})
 
 
+def check_rows(
+    learner: Learner, adapter: Adapter, batches: Sequence[Batch], measured: RowLosses, *, step: int
+) -> RowCheck:
+    """Puts the adapter into `learner` and holds the first rows of `batches` against what was measured of them before.
+
+    Args:
+        measured: losses of every row of `batches`, as measured elsewhere with the same adapter.
+        step: of the run, that `adapter` and `measured` are of.
+    """
+    some = list(islice(batches, NUM_BATCHES))
+    base = _losses_with(learner, without_effect(adapter), some)
+    here = _losses_with(learner, adapter, some)
+    there = _rows_of(measured, here.row_ids)
+    assert np.array_equal(there.num_targets, here.num_targets), "the ends saw other targets"
+    return RowCheck(
+        step=step,
+        num_rows=len(here.row_ids),
+        source_loss=there.mean,
+        target_loss=here.mean,
+        max_difference=_largest((here.nll - there.nll) / here.num_targets),
+        does_nothing=not adapter.does_nothing and not np.any(here.nll != base.nll),
+    )
+
+
+def _losses_with(learner: Learner, adapter: Adapter, batches: Sequence[Batch]) -> RowLosses:
+    learner.import_state(TrainState(adapter=adapter.tensors, optimizer={}))
+    return learner.evaluate(batches)
+
+
+def _rows_of(losses: RowLosses, row_ids: IntArray) -> RowLosses:
+    """The losses of these rows, in this order."""
+    place = {int(row): index for index, row in enumerate(losses.row_ids)}
+    chosen = [place[int(row)] for row in row_ids]
+    return RowLosses(losses.row_ids[chosen], losses.nll[chosen], losses.num_targets[chosen])
+
+
 def replay_with(learner: Learner, adapter: Adapter, batches: Sequence[Batch]) -> Replay:
     """Puts the adapter's values into the learner, with a fresh optimiser, and replays the rows."""
     learner.import_state(TrainState(adapter=adapter.tensors, optimizer={}))
@@ -140,9 +196,8 @@ def replay_of_logits(batches: Sequence[Batch], logits: Sequence[npt.NDArray[np.f
 
 def _means_of(all_rows: RowLosses, some_rows: Replay) -> FloatArray:
     """Mean loss in nats of the rows of `some_rows`, as `all_rows` has them."""
-    place = {int(row): index for index, row in enumerate(all_rows.row_ids)}
-    chosen = [place[int(row)] for row in some_rows.row_ids]
-    means: FloatArray = all_rows.nll[chosen] / all_rows.num_targets[chosen]
+    chosen = _rows_of(all_rows, some_rows.row_ids)
+    means: FloatArray = chosen.nll / chosen.num_targets
     return means
 
 

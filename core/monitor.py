@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.chart import Curve, Point
-from core.config import GuardConfig
+from core.config import BASE_MODEL, GuardConfig
 from core.errors import UserError
 from core.files import read_json
 from core.journal import JOURNAL
@@ -368,5 +368,6 @@ class RunReader:
         if gap is None:
             return None
         if base is not None and gap.val_loss >= base:
-            return f"No better than the base model: validation loss {base:.3f} before, {gap.val_loss:.3f} at best"
+            start = summary.get("start", BASE_MODEL)
+            return f"No better than the {start}: validation loss {base:.3f} before, {gap.val_loss:.3f} at best"
         return advice(gap, self._guard)

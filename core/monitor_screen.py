@@ -14,6 +14,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from core import chart
+from core.config import INITIAL_ADAPTER
 from core.monitor import Snapshot
 from core.overfitting import GRADES
 from core.records import Record, number
@@ -100,7 +101,7 @@ def _title(snapshot: Snapshot, width: int) -> list[Text]:
     state = snapshot.state
     rank = state.get("rank")
     precision = str(state.get("precision") or "").split(",")[0]  # of `16-bit, float32 compute, CPU (2 cores)`
-    items = [state.get("backend"), _short(state.get("model")), precision, rank and f"r{rank}"]
+    items = [backends_of(state), _short(state.get("model")), precision, rank and f"r{rank}"]
     words = [str(item) for item in items if item]
     status = Text(status_word(snapshot), _STATUS_STYLES.get(snapshot.status, ""))
     space = width if width < NARROW else max(width - left.cell_len - 2, width // 2)
@@ -111,6 +112,16 @@ def _title(snapshot: Snapshot, width: int) -> list[Text]:
     left.truncate(width, overflow="ellipsis")
     right.truncate(width, overflow="ellipsis")
     return [left, right]
+
+
+def backends_of(state: Mapping[str, Any]) -> str:
+    """The backend; of a run that moved, all of them: `mlx to step 10, cuda`."""
+    last = str(state.get("backend") or "")
+    moves = state.get(MOVES)
+    if not isinstance(moves, list) or not all(isinstance(move, dict) for move in moves):
+        return last
+    before = [(str(move.get("backend")), after.get("from_step")) for move, after in pairwise(moves)]
+    return ", ".join([*(f"{backend} to step {step}" for backend, step in before), last])
 
 
 def _shortened(words: list[str], space: int) -> list[str]:
@@ -217,7 +228,10 @@ def _facts(snapshot: Snapshot) -> list[Text]:
         ("grade", _grade(snapshot)),
         ("best", _loss(state.get("best_val_loss"), f" at step {state.get('best_step')}")),
         ("patience", _patience(snapshot)),
-        ("base", _loss(state.get("base_val_loss"), " before training")),
+        (
+            "start" if state.get("start") == INITIAL_ADAPTER else "base",
+            _loss(state.get("base_val_loss"), " before training"),
+        ),
     ]
     return [Text.assemble((f"{name:<9}", "dim"), value) for name, value in rows if value is not None]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, SupportsFloat
+from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
 import numpy as np
 import numpy.typing as npt
@@ -181,6 +181,11 @@ class Learner(Protocol):
         """What was loaded, for a person: `16-bit, float32 compute, CPU (2 cores)`."""
         ...
 
+    @property
+    def state_bits(self) -> Literal[8, 32]:
+        """Precision in which the optimiser here keeps its state, whatever `optim.state_bits` asks for."""
+        ...
+
     def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
         """One optimiser step over all `microbatches`; `step` counts from 1. Raises `OutOfMemoryError`."""
         ...
@@ -195,7 +200,9 @@ class Learner(Protocol):
 
     def export_state(self) -> TrainState: ...
 
-    def import_state(self, state: TrainState) -> None: ...
+    def import_state(self, state: TrainState) -> None:
+        """Continues from `state`. AdamW's moments may come in 8 bits or in 32, whichever are kept here."""
+        ...
 
     def memory(self) -> MemoryStats: ...
 

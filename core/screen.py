@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from core.config import GuardConfig
+from core.config import BASE_MODEL, GuardConfig
 from core.overfitting import Gap, advice, relative_warning
 
 LOGGER = logging.getLogger("twinkeel")
@@ -53,9 +53,9 @@ def record_line(record: Mapping[str, Any], *, total_steps: int) -> str:
     return "  ".join(parts)
 
 
-def evaluation_line(gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> str:
-    """One line for an evaluation."""
-    name = "base model" if step == 0 else f"step {step}"
+def evaluation_line(gap: Gap, *, step: int, is_best: bool, patience_left: int | None, start: str = BASE_MODEL) -> str:
+    """One line for an evaluation; `start` is what there is before the first step."""
+    name = start if step == 0 else f"step {step}"
     mark = "  best so far" if is_best else ""
     if step and not is_best and patience_left is not None:
         mark = f"  no improvement, patience {patience_left} left"
@@ -86,8 +86,16 @@ class _Numbers(ProgressColumn):
 class TrainScreen:
     """The screen of one run; use as a context."""
 
-    def __init__(self, *, total_steps: int, console: Console | None = None, guard: GuardConfig | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        console: Console | None = None,
+        guard: GuardConfig | None = None,
+        start: str = BASE_MODEL,
+    ) -> None:
         self._guard = guard or GuardConfig()
+        self._start = start
         self._total_steps = total_steps
         self._console = console or Console(stderr=False)
         self._bar: Progress | None = None
@@ -131,7 +139,8 @@ class TrainScreen:
         self._update(**self._fields)
 
     def show_evaluation(self, gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> None:
-        LOGGER.info(evaluation_line(gap, step=step, is_best=is_best, patience_left=patience_left))
+        line = evaluation_line(gap, step=step, is_best=is_best, patience_left=patience_left, start=self._start)
+        LOGGER.info(line)
         if step:
             LOGGER.info("  %s", advice(gap, self._guard))
             if (warning := relative_warning(gap, self._guard)) is not None:

@@ -19,7 +19,20 @@ from core.config import RunConfig, to_plain
 from core.errors import OutOfMemoryError, UserError
 from core.files import write_atomic
 from core.handoff import check_saved
+from core.init_adapter import COPY as INIT_ADAPTER
 from core.journal import Journal
+from core.moves import (
+    MOVES,
+    PLACE,
+    Arrival,
+    Place,
+    arrive,
+    is_other_rounding,
+    moved_to,
+    place_of,
+    plain,
+    replay_last_evaluation,
+)
 from core.plots import write_training_curves
 from core.protocols import Learner, Tensors
 from core.row_losses import read_row_losses
@@ -45,9 +58,13 @@ class Session:
         self._folder = folder
         self._console = console
         self._plan = plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch)
+        self._place = Place.of(job.config, job.device, job.architecture)
+        self._arrival = Arrival(moved_to((), self._place, from_step=0))
 
     def begin(self) -> int:
         """Runs from the first step; returns the exit code."""
+        if self._config.lora.init_adapter is not None:
+            write_adapter(self._folder / INIT_ADAPTER, self._job.adapter, base_model=self._job.model.name)
         _write_config(self._folder, self._config)
         return self._run(Checkpointer(self._folder, keep=self._config.checkpoint.keep), None)
 
@@ -64,7 +81,26 @@ class Session:
             _log.info("no checkpoint yet: starting from the first step")
         else:
             self._refuse_changes(checkpoint)
+            self._arrival = self._arrive(checkpoint, checkpointer)
+        _write_config(self._folder, self._config)  # only now that nothing stands against going on here
         return self._run(checkpointer, checkpoint)
+
+    def _arrive(self, checkpoint: Checkpoint, checkpointer: Checkpointer) -> Arrival:
+        return arrive(
+            checkpoint,
+            self._place,
+            state=read_state(self._folder),
+            config=self._config,
+            learner=self._learner,
+            verify=lambda: replay_last_evaluation(
+                checkpoint,
+                run_folder=self._folder,
+                checkpointer=checkpointer,
+                learner=self._learner,
+                initial=self._job.adapter,
+                validation=self._job.data.validation,
+            ),
+        )
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -79,7 +115,12 @@ class Session:
             stack.enter_context(logging_to_file(self._folder / LOG))
             flag = stack.enter_context(InterruptFlag())
             self._announce(checkpoint)
-            screen = TrainScreen(total_steps=self._plan.total_steps, console=self._console, guard=self._config.guard)
+            screen = TrainScreen(
+                total_steps=self._plan.total_steps,
+                console=self._console,
+                guard=self._config.guard,
+                start=self._config.start,
+            )
             self._trainer = self._make_trainer(journal, screen, flag)
             with self._failures_recorded():
                 with screen.live(first_step=checkpoint.step if checkpoint else 0):
@@ -99,6 +140,7 @@ class Session:
             heartbeat=lambda values: self._state.update(status="running", **values),
             should_interrupt=flag,
             identity=self._job.identity,
+            origin={PLACE: self._place.to_dict(self._arrival.moves)},
         )
 
     @contextmanager
@@ -155,7 +197,8 @@ class Session:
             _log.warning("the checkpoint of step %d is damaged; its adapter is in %s", best_step, ADAPTERS)
             return
         adapter = self._write_adapters(best.state.adapter)
-        measured = read_row_losses(self._folder, best_step)
+        # another backend's losses were held against this one's when the run moved
+        measured = read_row_losses(self._folder, best_step) if self._arrival.is_measured_here(best_step) else None
         report = check_saved(
             self._folder / ADAPTERS,
             adapter,
@@ -174,7 +217,7 @@ class Session:
         return adapter
 
     def _summary(self, status: str, *, error: str | None = None) -> dict[str, Any]:
-        return summarize(
+        summary = summarize(
             self._trainer,
             config=self._config,
             model=self._job.model.name,
@@ -183,18 +226,25 @@ class Session:
             num_val_rows=self._job.data.num_val_rows,
             error=error,
         )
+        return {**summary, MOVES: plain(self._arrival.moves)}
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
     def _refuse_changes(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.trainer["identity"]
         changed = [name for name, value in self._job.identity.items() if saved.get(name) != value]
+        if "model" in changed and is_other_rounding(place_of(checkpoint), self._place):
+            _log.warning(
+                "%s: other files than before, accepted as another rounding of the model", self._config.model.path
+            )
+            changed.remove("model")
         if not changed:
             return
         where = {
             "model": f"model.path {self._config.model.path}",
             "data": f"data.path {self._config.data.path}",
             "settings": f"{self._folder / CONFIG}",
+            "init_adapter": f"{self._folder / INIT_ADAPTER}",
         }
         raise UserError(
             f"{self._folder}: the {' and the '.join(changed)} changed since step {checkpoint.step} "
@@ -222,7 +272,9 @@ class Session:
             "bits": config.model.bits,
             "precision": self._learner.description,
             "rank": config.lora.rank,
+            "start": config.start,
             "device": job.device.device,
+            MOVES: plain(self._arrival.moves),
             "num_train_rows": job.data.num_train_rows,
             "num_val_rows": job.data.num_val_rows,
             "num_parameters": self._learner.num_parameters,
@@ -257,8 +309,10 @@ class Session:
         ]
         if checkpoint is not None:
             lines.append(f"  resumed  after step {checkpoint.step}, from {checkpoint.path}")
-        for line in lines:
+        for line in [*lines, *(f"  {line}" for line in self._arrival.lines)]:
             _log.info(line)
+        for warning in self._arrival.warnings:
+            _log.warning(warning)
         self._warn_of_rare_evaluations()
 
     def _warn_of_rare_evaluations(self) -> None:

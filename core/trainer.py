@@ -85,6 +85,32 @@ def plan_steps(config: RunConfig, *, batches_per_epoch: int) -> Plan:
     return Plan(steps_per_epoch=steps_per_epoch, total_steps=max(total, 1))
 
 
+class StepSource:
+    """What each optimiser step trains on, and at which rate: a function of configuration, data and step alone."""
+
+    def __init__(self, config: RunConfig, data: TrainingData) -> None:
+        self._config = config
+        self._data = data
+        self.plan = plan_steps(config, batches_per_epoch=data.batches_per_epoch)
+        self._batches: Sequence[Batch] = ()
+        self._batches_epoch = -1
+
+    def lr(self, step: int) -> float:
+        return lr_at(
+            step,
+            peak=self._config.optim.lr,
+            schedule=self._config.schedule,
+            total_steps=self.plan.total_steps,
+        )
+
+    def microbatches(self, step: int) -> list[Batch]:
+        epoch, group = divmod(step - 1, self.plan.steps_per_epoch)
+        if epoch != self._batches_epoch:
+            self._batches, self._batches_epoch = self._data.epoch(epoch), epoch
+        size = self._config.train.accumulation
+        return list(self._batches[group * size : (group + 1) * size])
+
+
 @dataclass(slots=True)
 class Window:
     """Sums since the last record; part of every checkpoint."""
@@ -142,8 +168,9 @@ class Trainer:
         heartbeat: Callable[[Mapping[str, Any]], None],
         should_interrupt: Callable[[], bool] = lambda: False,
         identity: Mapping[str, str] | None = None,
+        origin: Mapping[str, Any] | None = None,
     ) -> None:
-        """`identity` names what the run is bound to (model, data); it is kept in every checkpoint."""
+        """Kept in every checkpoint are `identity`, what the run is bound to, and `origin`, what else it came from."""
         self._config = config
         self.learner = learner
         self._data = data
@@ -155,12 +182,12 @@ class Trainer:
         self._heartbeat = heartbeat
         self._should_interrupt = should_interrupt
         self._identity = dict(identity or {})
-        self.plan = plan_steps(config, batches_per_epoch=data.batches_per_epoch)
+        self._origin = dict(origin or {})
+        self._source = StepSource(config, data)
+        self.plan = self._source.plan
         self.stopping = EarlyStopping(config.guard.patience, config.guard.min_delta)
         self.progress = Progress()
         self._pending: list[_PendingStep] = []
-        self._batches: Sequence[Batch] = ()
-        self._batches_epoch = -1
         self._started = time.perf_counter()
         self._last_beat = -math.inf
         self._last_checkpoint: int | None = None
@@ -183,7 +210,7 @@ class Trainer:
                 self._beat(force=True)
                 return "interrupted"
             step = self.progress.step + 1
-            lr = self._lr(step)
+            lr = self._source.lr(step)
             self._train_step(step, lr)
             self._visit(step, lr)
         return "early_stopped" if self._stopped_early else "finished"
@@ -218,19 +245,11 @@ class Trainer:
     def _should_checkpoint(self, step: int) -> bool:
         return step % self._config.checkpoint.every == 0 or step == self.plan.total_steps
 
-    def _lr(self, step: int) -> float:
-        return lr_at(
-            step,
-            peak=self._config.optim.lr,
-            schedule=self._config.schedule,
-            total_steps=self.plan.total_steps,
-        )
-
     # --- one step -------------------------------------------------------------------------------------------------
 
     def _train_step(self, step: int, lr: float) -> None:
         began = time.perf_counter()
-        microbatches = self._microbatches(step)
+        microbatches = self._source.microbatches(step)
         output = self.learner.train_step(microbatches, step=step, lr=lr)
         row_ids = np.concatenate([batch.row_ids for batch in microbatches])
         self._pending.append(_PendingStep(step, output, row_ids))
@@ -240,13 +259,6 @@ class Trainer:
         self.progress.num_target_tokens += output.num_targets
         self.progress.step = step
         self._count_seconds(began)
-
-    def _microbatches(self, step: int) -> Sequence[Batch]:
-        epoch, group = divmod(step - 1, self.plan.steps_per_epoch)
-        if epoch != self._batches_epoch:
-            self._batches, self._batches_epoch = self._data.epoch(epoch), epoch
-        size = self._config.train.accumulation
-        return list(self._batches[group * size : (group + 1) * size])
 
     def _drain(self) -> float | None:
         """Reads the losses of the steps since the last call: the expensive device-to-host synchronisation.
@@ -371,6 +383,7 @@ class Trainer:
             "journal_bytes": self._journal.num_bytes,
             "total_steps": self.plan.total_steps,
             "identity": self._identity,
+            **self._origin,
         }
 
     def _restore(self, checkpoint: Checkpoint) -> None:

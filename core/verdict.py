@@ -39,6 +39,7 @@ def summarize(
         "steps": progress.step,
         "total_steps": trainer.plan.total_steps,
         "epochs": round(progress.step / trainer.plan.steps_per_epoch, 4),
+        "start": config.start,
         "base_val_loss": progress.base_val_loss,
         "best_val_loss": gap.val_loss if gap else None,
         "best_step": best_step,
@@ -87,7 +88,7 @@ def verdict_lines(
 def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:
     if gap.val_loss >= summary["base_val_loss"]:
         return (
-            f"No better than the base model: validation loss {summary['base_val_loss']:.3f} → "
+            f"No better than the {summary['start']}: validation loss {summary['base_val_loss']:.3f} → "
             f"{gap.val_loss:.3f}. Don't use this adapter; try a lower rate or other data."
         )
     return advice(gap, guard)

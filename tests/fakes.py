@@ -8,7 +8,7 @@ really learns.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class FakeLearner:
     num_parameters = VOCAB
     num_trainable = VOCAB
     description = "fake"
+    state_bits: Literal[8, 32] = 32
 
     def __init__(self, *, seed: int = 0, dropout: float = 0.1, fail_at: int | None = None) -> None:
         self.logits = np.zeros((1, VOCAB), np.float32)

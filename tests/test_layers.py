@@ -89,7 +89,7 @@ print("LOADED", *{module.split(".")[0] for module in sys.modules})
 """
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("monitor",), ("config", "show"), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("monitor",), ("config", "show"), ("doctor",), ("parity",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     text, _, loaded = python(HELP, *command, "--help").rpartition("LOADED")
     assert "usage: python cli.py" in text

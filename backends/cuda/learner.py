@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from backends.cuda.loss import summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
-from backends.cuda.optim import from_numpy, gradient, make_optimizer, to_numpy
+from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
 from core.config import RunConfig
 from core.errors import UserError
 from core.protocols import (
@@ -59,6 +59,10 @@ class CudaLearner:
         decoder: Any = model
         self._decoder, self._head = decoder.model, decoder.lm_head
         model.train()
+
+    @property
+    def state_bits(self) -> Literal[8, 32]:
+        return 8 if isinstance(self._optimizer, AdamW8bit) else 32
 
     # --- training
 

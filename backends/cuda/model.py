@@ -19,6 +19,7 @@ from core.adapter import HEAD, LORA_A, LORA_B, Adapter
 from core.architecture import Architecture, read_architecture
 from core.config import ModelConfig
 from core.errors import UserError
+from core.models.reference import original_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def load_base(
     if architecture.mlx_bits is not None:
         raise UserError(
             f"{model.name}: the weights are {architecture.mlx_bits}-bit MLX weights, which only MLX can read",
-            hint="use --backend mlx, or give the original model",
+            hint="use --backend mlx, or give the original model: --model " + (original_of(model.name) or "ORIGINAL"),
         )
     silence_libraries()
     base, info = _read(model, _load_options(config, device, dtype))

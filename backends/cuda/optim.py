@@ -17,6 +17,7 @@ import torch
 
 from core.config import OptimConfig
 from core.errors import UserError
+from core.optimizer_state import BLOCK_SIZE, MOMENTS, dequantised, is_adamw
 from core.protocols import Tensors
 
 Array = npt.NDArray[np.generic]
@@ -53,11 +54,13 @@ class Optimizer(ABC):
     def import_slots(self, arrays: Tensors, *, num_steps: int) -> None:
         """Takes over what `export_slots` gave, bit for bit; nothing at all means a fresh optimiser.
 
+        AdamW also takes moments in the precision that it does not keep itself, and converts them.
+
         Raises:
             UserError: the state of another optimiser, or of other tensors.
         """
         slots: dict[str, dict[str, Array]] = {}
-        for key, array in arrays.items():
+        for key, array in self._in_own_precision(arrays).items():
             slot, _, name = key.partition("/")
             if name not in self.parameters:
                 raise UserError(
@@ -74,6 +77,9 @@ class Optimizer(ABC):
             )
         self._load(slots, num_steps)
         self.num_steps = num_steps
+
+    def _in_own_precision(self, arrays: Tensors) -> Tensors:
+        return arrays
 
     def _is_whole(self, slots: Mapping[str, Mapping[str, Array]]) -> bool:
         wanted = self._slot_names()
@@ -119,6 +125,9 @@ class AdamW(Optimizer):
             weight_decay=config.weight_decay,
             fused=True if self.is_fused else None,
         )
+
+    def _in_own_precision(self, arrays: Tensors) -> Tensors:
+        return dequantised(arrays)
 
     def _slot_names(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
@@ -169,6 +178,9 @@ class AdamW8bit(Optimizer):
             min_8bit_size=MIN_8BIT_SIZE,
         )
 
+    def _in_own_precision(self, arrays: Tensors) -> Tensors:
+        return quantised(arrays) if is_adamw(arrays) else arrays
+
     def _slot_names(self) -> tuple[str, ...]:
         large = any(p.numel() >= MIN_8BIT_SIZE for p in self.parameters.values())
         extra = ("absmax1", "absmax2", "qmap1", "qmap2") if large else ()
@@ -210,6 +222,33 @@ class AdamW8bit(Optimizer):
         for group in self.bnb.param_groups:
             group["lr"] = lr
         self.bnb.step()
+
+
+def quantised(moments: Tensors) -> dict[str, Array]:
+    """AdamW's 32-bit moments as `AdamW8bit` exports its own, by bitsandbytes' blockwise quantisation.
+
+    Args:
+        moments: `exp_avg/<name>` and `exp_avg_sq/<name>`, float32.
+    """
+    from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
+
+    arrays: dict[str, Array] = {}
+    for own, slot in MOMENTS.items():
+        number, levels = own[-1], create_dynamic_map(signed=own == "state1")
+        for name, moment in _of_slot(moments, slot):
+            if moment.size < MIN_8BIT_SIZE:
+                arrays[f"{own}/{name}"] = moment
+                continue
+            values = torch.from_numpy(np.array(moment, np.float32, order="C", copy=True))
+            codes, state = quantize_blockwise(values, code=levels, blocksize=BLOCK_SIZE)
+            arrays[f"{own}/{name}"] = to_numpy(codes.reshape(values.shape))
+            arrays[f"absmax{number}/{name}"] = to_numpy(state.absmax)
+            arrays[f"qmap{number}/{name}"] = to_numpy(levels)
+    return arrays
+
+
+def _of_slot(arrays: Tensors, slot: str) -> list[tuple[str, Array]]:
+    return [(key.removeprefix(f"{slot}/"), array) for key, array in arrays.items() if key.startswith(f"{slot}/")]
 
 
 class SlotOptimizer(Optimizer):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,7 @@ from backends.mlx.model import Network
 from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
 from core.config import RunConfig
 from core.errors import UserError
+from core.optimizer_state import dequantised
 from core.protocols import (
     FILLER_ROW,
     Batch,
@@ -36,6 +37,8 @@ Parameters = dict[str, mx.array]
 
 class MlxLearner:
     """A `core.protocols.Learner`. Made by `MlxBackend.open`."""
+
+    state_bits: Literal[8, 32] = 32
 
     def __init__(
         self,
@@ -207,6 +210,8 @@ class MlxLearner:
     def import_state(self, state: TrainState) -> None:
         """Takes up where `state` was exported. No optimiser state at all means a fresh optimiser.
 
+        AdamW's moments in bitsandbytes' 8 bits are dequantised.
+
         Raises:
             UserError: other tensors or shapes than this adapter and optimiser have.
         """
@@ -214,7 +219,7 @@ class MlxLearner:
         fresh = initial_slots(self._optimizer, parameters)
         if state.optimizer or state.optimizer_steps:
             flat = {f"{slot}/{name}": array for name, slots in fresh.items() for slot, array in slots.items()}
-            loaded = _matching(state.optimizer, flat, "optimiser state")
+            loaded = _matching(dequantised(state.optimizer), flat, "optimiser state")
             fresh = {name: {slot: loaded[f"{slot}/{name}"] for slot in slots} for name, slots in fresh.items()}
         mx.eval(parameters, fresh)
         self.parameters, self._slots = parameters, fresh

@@ -110,6 +110,16 @@ def _check_quantization(name: str, raw: dict[str, Any], bits: int) -> None:
         )
 
 
+def mlx_settings(folder: Path) -> dict[str, Any]:
+    """What mlx-lm's loading has to be told of a model folder (`model_config`), so that it reads it as it is meant.
+
+    Raises:
+        UserError: a setting that mlx-lm does not know.
+    """
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return _mlx_settings(folder.name, raw, read_architecture(folder))
+
+
 def _mlx_settings(name: str, raw: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     """What mlx-lm would misread in a config.json, in the names that it knows.
 

@@ -135,6 +135,16 @@ def choose_reference(
     return QUICKSTART_MODEL, _note(smallest, [f"{_gigabytes(memory_bytes)} available", *passed_over])
 
 
+def original_of(hub_id: str) -> str | None:
+    """The 16-bit model that a reference model in MLX's 4 bits was made from; None for any other."""
+    models = {model for candidates in _CANDIDATES.values() for model in candidates}
+    for quantised in models:
+        if quantised.hub_id == hub_id and quantised.prequantised:
+            originals = (model for model in models if model.label == quantised.label and not model.prequantised)
+            return next((model.hub_id for model in originals), None)
+    return None
+
+
 def needed_bytes(model: ReferenceModel, *, backend: str, bits: int) -> int:
     """What training needs at the reference shape: weights, adapters, activations, context."""
     need = _weight_bytes(model, backend=backend, bits=bits)

@@ -1,4 +1,4 @@
-"""MLX and PyTorch, the same model, adapter and batches in float32: the same losses, the same adapter.
+"""What tests/parity leaves open: the optimiser's state after training, a checkpoint taken over, both rope styles.
 
 Each backend trains in a process of its own, so that neither loads the other's numerical libraries.
 """
@@ -23,44 +23,31 @@ from tests.backends.conftest import (
 )
 from tests.tiny import make_model
 
-NUM_STEPS = 20
-WARMUP = 3
-RATES = [
-    3e-3 * ((step + 1) / WARMUP if step < WARMUP else 0.5 + 0.5 * np.cos(np.pi * (step - WARMUP) / 17))
-    for step in range(NUM_STEPS)
-]
+NUM_STEPS = 10
+RATES = [3e-3 * 0.9**step for step in range(NUM_STEPS)]
 SECTIONS: dict[str, Any] = {
     "optim": {"max_grad_norm": 1.0, "weight_decay": 0.1, "label_smoothing": 0.1},
     "lora": {"rank": 4, "alpha": 8, "targets": "all-linear"},
 }
 THETA = {"rope_theta": 100000.0}
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-old-rope": {**THETA, "new_rope_style": False},
-    "llama-new-rope-tied": {**THETA, "new_rope_style": True, "tied": True},
-    "mistral-window": {**THETA, "model_type": "mistral", "sliding_window": 6},
-    "mixtral": {**THETA, "model_type": "mixtral", "new_rope_style": True},
-}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {"name": "adamw"},
     "adafactor": {"name": "adafactor"},
+    "lion": {"name": "lion"},
     "sgd": {"name": "sgd", "momentum": 0.9, "lr": 0.1},
 }
 
-CONTINUED = ["llama-old-rope", "adafactor"]
+CONTINUED = ["adamw", "adafactor"]
 NUM_CONTINUED = 5
 VARIANTS: dict[str, dict[str, Any]] = {
     "old": THETA,
     "new": {**THETA, "new_rope_style": True},
     "default": {},
 }
-MODEL_OF = dict.fromkeys(OPTIMIZERS, "llama-old-rope")
 
 
-def _sections(name: str) -> dict[str, Any]:
-    if name in OPTIMIZERS:
-        return {**SECTIONS, "optim": {**SECTIONS["optim"], **OPTIMIZERS[name]}}
-    if name == "mixtral":
-        return {**SECTIONS, "lora": {**SECTIONS["lora"], "targets": "attention"}}
-    return SECTIONS
+def _sections(optimizer: str) -> dict[str, Any]:
+    return {**SECTIONS, "optim": {**SECTIONS["optim"], **OPTIMIZERS[optimizer]}}
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +56,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for backend in ("mlx", "cuda"):
         skip_without(backend)
     root = tmp_path_factory.mktemp("parity")
-    folders = {name: make_model(root / "models" / name, **kw) for name, kw in MODELS.items()}
-    folders |= {name: folders[MODEL_OF[name]] for name in OPTIMIZERS}
     variants = {name: make_model(root / "models" / name, **kw) for name, kw in VARIANTS.items()}
     for backend in ("mlx", "cuda"):
-        jobs = [_training(root, backend, name, folder) for name, folder in folders.items()]
-        jobs += [_continuing(root, backend, name, folders[name]) for name in CONTINUED]
+        jobs = [_training(root, backend, name, variants["old"]) for name in OPTIMIZERS]
+        jobs += [_continuing(root, backend, name, variants["old"]) for name in CONTINUED]
         jobs += [_job(root, backend, name, folder, lrs=[]) for name, folder in variants.items()]
         in_new_process(record_training.__name__, backend, jobs)
     return {backend: root / backend for backend in ("mlx", "cuda")}
@@ -101,25 +86,14 @@ def _continuing(root: Path, backend: str, name: str, folder: Path) -> dict[str, 
     return {**job, "sections": _sections(name), "before": before}
 
 
-@pytest.mark.parametrize("name", [*MODELS, *OPTIMIZERS])
-def test_same_training(trained: dict[str, Path], name: str) -> None:
-    records = {b: dict(np.load(folder / name / "record.npz")) for b, folder in trained.items()}
-    losses = records["cuda"]["losses"]
-    assert len(losses) == NUM_STEPS
-    np.testing.assert_allclose(records["mlx"]["losses"], losses, rtol=1e-5)
-    np.testing.assert_allclose(records["mlx"]["norms"], records["cuda"]["norms"], rtol=1e-3)
-    np.testing.assert_allclose(records["mlx"]["nll"], records["cuda"]["nll"], rtol=1e-4)
-    first = load_state(trained["cuda"] / name / "before.npz")
-    states = {b: load_state(folder / name / "state.npz") for b, folder in trained.items()}
-    for tensor, ours in states["cuda"].adapter.items():
-        theirs = states["mlx"].adapter[tensor]
-        assert np.linalg.norm(ours - first.adapter[tensor]) > 1e-3 * np.linalg.norm(ours), tensor
-        assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(ours), tensor
-    assert states["cuda"].optimizer.keys() == states["mlx"].optimizer.keys()
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_same_optimiser_state(trained: dict[str, Path], name: str) -> None:
+    states = {backend: load_state(folder / name / "state.npz") for backend, folder in trained.items()}
+    assert states["cuda"].optimizer and states["cuda"].optimizer.keys() == states["mlx"].optimizer.keys()
     for slot, array in states["cuda"].optimizer.items():
         assert array.shape == states["mlx"].optimizer[slot].shape
         difference = np.linalg.norm(array - states["mlx"].optimizer[slot])
-        assert difference <= 5e-3 * np.linalg.norm(array), slot
+        assert 0 < np.linalg.norm(array) and difference <= 5e-3 * np.linalg.norm(array), slot
 
 
 @pytest.mark.parametrize("name", CONTINUED)

@@ -6,10 +6,15 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import cli
+from core.adapter import Adapter, plan_adapter
+from core.architecture import read_architecture
+from core.config import LoraConfig
 from tests.tiny import make_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
@@ -23,6 +28,16 @@ def write_rows(path: Path, num_rows: int = 24) -> Path:
             row = {"prompt": f"Say {colour} {index}." + " Please." * (index % 3), "completion": f"{colour} {index}"}
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def filled_adapter(model: Path, *, seed: int = 1, **lora: Any) -> Adapter:
+    """An adapter as a training leaves it: no zeros in B."""
+    config = LoraConfig.model_validate({"rank": 4, "alpha": 8, "dropout": 0.0, **lora})
+    adapter = plan_adapter(config, read_architecture(model), seed=seed)
+    rng = np.random.default_rng(seed)
+    return adapter.with_tensors(
+        {name: rng.normal(0, 0.1, tensor.shape).astype(np.float32) for name, tensor in adapter.tensors.items()}
+    )
 
 
 @pytest.fixture(scope="session")

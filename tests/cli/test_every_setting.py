@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from core.adapter_files import write_adapter
 from core.settings import field_names
-from tests.cli.conftest import Result, write_rows
+from tests.cli.conftest import Result, filled_adapter, write_rows
 from tests.kill.campaign import outcome
 
 BASE = {
@@ -62,6 +63,7 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "lora.targets": "[q_proj]",
     "lora.frozen_fraction": "0.5",
     "lora.rslora": "true",
+    "lora.init_adapter": "./adapter",
     "optim.name": "lion",
     "optim.lr": "2e-2",
     "optim.weight_decay": "0.5",
@@ -114,6 +116,7 @@ def everything(
     shutil.copytree(model, tmp_path / "model")
     make_model(tmp_path / "other", seed=1)
     make_model(tmp_path / "moe", model_type="mixtral")
+    write_adapter(tmp_path / "adapter", filled_adapter(model), base_model="tiny")
     write_rows(tmp_path / "rows.jsonl")
     write_rows(tmp_path / "other.jsonl", 30)
     (tmp_path / "bad.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "not json\n")

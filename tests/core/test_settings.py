@@ -246,6 +246,7 @@ BAD_VALUES = [
     ("lora.targets", "[1, 2]"),
     ("lora.frozen_fraction", "1.0"),
     ("lora.rslora", "often"),
+    ("lora.init_adapter", "[x]"),
     ("optim.name", "adam"),
     ("optim.lr", "0"),
     ("optim.lr", "-1e-4"),

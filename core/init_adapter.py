@@ -1,0 +1,90 @@
+"""Going on with an adapter that was trained before, here or by a peer's tool: `train --init-adapter DIR`.
+
+The adapter decides its modules, ranks and scales; settings that say otherwise give way, or are refused where they were
+typed. The run keeps a copy, so that it can be resumed when the folder is gone. The optimiser starts fresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from core.adapter import HEAD, Adapter, first_layer, target_keys
+from core.adapter_files import find_adapter
+from core.architecture import Architecture
+from core.config import LoraConfig
+from core.errors import UserError
+
+FLAG = "--init-adapter"
+COPY = "init_adapter"
+"""Folder in the run that holds the copy."""
+_DECIDED = ("rank", "alpha", "targets", "frozen_fraction", "rslora")
+
+
+@dataclass(frozen=True, slots=True)
+class InitAdapter:
+    """An adapter to start from, and the settings that describe it."""
+
+    adapter: Adapter
+    lora: LoraConfig
+    notes: tuple[str, ...]
+    """What the user should know, a line each."""
+
+
+def read_init_adapter(
+    folder: Path, lora: LoraConfig, architecture: Architecture, *, model: str, sources: Mapping[str, str]
+) -> InitAdapter:
+    """Reads the adapter and settles `lora` with it.
+
+    Args:
+        model: name of the base model of this run.
+        sources: dotted name of a setting -> where its value came from, as in `core.settings.Settings`.
+
+    Raises:
+        UserError: no adapter, one that can't be carried or does nothing, or a typed setting that it contradicts.
+    """
+    found = find_adapter(folder)
+    adapter = replace(found.read(architecture), dropout=lora.dropout)
+    if HEAD in adapter.modules:
+        raise UserError(f"{found.path}: it adapts {HEAD}, which can't be trained here", hint="train one without it")
+    settled = _settled(adapter, lora, architecture)
+    notes = list(_differences(found.path, lora, settled, sources))
+    if found.base_model is not None and Path(found.base_model).name != Path(model).name:
+        notes.append(f"{found.path}: made for {found.base_model}, and now put on {model}")
+    return InitAdapter(adapter, settled, tuple(notes))
+
+
+def _settled(adapter: Adapter, lora: LoraConfig, architecture: Architecture) -> LoraConfig:
+    """The settings that come nearest to the adapter: exact for one of our own, else of its largest module.
+
+    What the settings say of modules and layers stays as it is written where it means the same.
+    """
+    largest = max(adapter.modules.values(), key=lambda module: module.rank)
+    update: dict[str, Any] = {"rank": largest.rank, "alpha": largest.alpha, "rslora": adapter.rslora}
+    if set(target_keys(lora.targets, architecture)) != set(adapter.layer_keys):
+        update["targets"] = list(adapter.layer_keys)
+    if first_layer(lora, architecture) != adapter.layers[0]:
+        update["frozen_fraction"] = adapter.layers[0] / adapter.num_layers
+    return lora.model_copy(update=update)
+
+
+def _differences(path: Path, asked: LoraConfig, settled: LoraConfig, sources: Mapping[str, str]) -> Iterator[str]:
+    changed = []
+    for name in _DECIDED:
+        wanted, found, source = getattr(asked, name), getattr(settled, name), sources.get(f"lora.{name}")
+        if source is None or wanted == found:
+            continue
+        if source.startswith("--"):
+            raise UserError(
+                f"lora.{name} = {_said(wanted)} (from {source}): the adapter in {path} has {_said(found)}",
+                hint=f"leave it out, or start without {FLAG}",
+            )
+        changed.append(f"lora.{name} {_said(found)} (not {_said(wanted)}, from {source})")
+    if changed:
+        yield f"the adapter in {path} decides: {', '.join(changed)}"
+
+
+def _said(value: object) -> str:
+    return " ".join(str(name) for name in value) if isinstance(value, list) else f"{value}"

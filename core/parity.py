@@ -1,0 +1,405 @@
+"""Do two backends train the same adapter? Two records, compared in the order in which a difference would arise.
+
+First what both must share to the bit: settings, model, batches, targets, initial adapter, learning rates. Records of
+different things are not compared any further. Then what may differ by rounding only: the base model's losses, loss and
+gradient norm of each step, the final adapter, its losses. The first place beyond tolerance is where the cause is near.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from core.files import to_json, write_atomic
+from core.parity_record import Record, RowRecord, StepRecord
+from core.protocols import FloatArray
+
+REPORT = "parity_report.json"
+LOSS_TOLERANCE = 1e-4
+"""Largest relative difference of a step's loss, and of a row's."""
+NORM_TOLERANCE = 1e-3
+"""Likewise of a gradient norm."""
+ADAPTER_TOLERANCE = 1e-3
+"""Likewise of a tensor of the final adapter: the norm of the difference over the norm."""
+LOSS_FLOOR = 0.01
+"""Nats per target: a smaller loss is compared as if it were this, because float32 logits don't resolve it better."""
+NUM_WORST_ROWS = 5
+
+_FREE_SETTINGS = (
+    *("backend", "device", "output", "model.path", "model.revision", "model.trust_remote_code", "data.path"),
+    "lora.init_adapter",  # the adapter itself is compared
+    *("train.gradient_checkpointing", "eval.every", "eval.probe_rows", "guard", "checkpoint", "log"),
+)
+"""Settings, or sections of them, that don't change what is computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A place where the two sides part."""
+
+    place: str
+    """`settings`, `model`, `inputs`, `targets`, `validation`, `initial adapter`, `learning rate`, `base losses`,
+    `loss`, `gradient norm`, `final adapter` or `final losses`."""
+    step: int | None
+    """Optimiser step, from 1; 0 before the first; None where steps have no meaning."""
+    detail: str
+    """The two values, in words."""
+    hint: str
+    """What such a place usually means, or what to change."""
+
+    @property
+    def where(self) -> str:
+        if self.step is None or self.step == 0:
+            return self.place
+        return f"{self.place} of step {self.step}"
+
+
+@dataclass(frozen=True, slots=True)
+class StepComparison:
+    """One step; differences are relative to the larger of the two."""
+
+    step: int
+    lr: float
+    losses: tuple[float, float]
+    loss_difference: float
+    grad_norms: tuple[float, float]
+    norm_difference: float
+
+    @property
+    def is_within(self) -> bool:
+        return self.loss_difference <= LOSS_TOLERANCE and self.norm_difference <= NORM_TOLERANCE
+
+
+@dataclass(frozen=True, slots=True)
+class RowComparison:
+    """One validation row."""
+
+    row: int
+    losses: tuple[float, float]
+    """Nats per target."""
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class TensorComparison:
+    """One tensor of the final adapter."""
+
+    name: str
+    difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class FourBitComparison:
+    """Validation loss in nats per target, on the same rows for all of them: (side a, side b)."""
+
+    num_rows: int
+    num_targets: int
+    descriptions: tuple[str, str]
+    base_16: tuple[float, float]
+    base_4: tuple[float, float]
+    final_16: tuple[float, float]
+    final_4: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What comparing two records showed. Empty lists where the comparison did not get so far."""
+
+    a: Record
+    b: Record
+    mismatches: list[Difference]
+    """What must be identical and is not."""
+    steps: list[StepComparison]
+    base_rows: list[RowComparison]
+    final_rows: list[RowComparison]
+    tensors: list[TensorComparison]
+    first: Difference | None
+    """The first place beyond tolerance."""
+    four_bits: FourBitComparison | None
+    four_bits_skipped: str
+
+    @property
+    def verdict(self) -> str:
+        """`same`, `different`, or `not comparable`."""
+        if self.mismatches:
+            return "not comparable"
+        return "same" if self.first is None else "different"
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.verdict == "same" else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `parity_report.json` holds."""
+        return {
+            "format": 1,
+            "verdict": self.verdict,
+            "first_difference": None if self.first is None else _difference_dict(self.first),
+            "mismatches": [_difference_dict(difference) for difference in self.mismatches],
+            "tolerances": {
+                "loss": LOSS_TOLERANCE,
+                "grad_norm": NORM_TOLERANCE,
+                "adapter": ADAPTER_TOLERANCE,
+                "loss_floor": LOSS_FLOOR,
+            },
+            "sides": [_side_dict(self.a), _side_dict(self.b)],
+            "steps": [asdict(step) for step in self.steps],
+            "rows": {
+                "count": len(self.base_rows),
+                "worst_base": [asdict(row) for row in worst_rows(self.base_rows)],
+                "worst_final": [asdict(row) for row in worst_rows(self.final_rows)],
+            },
+            "adapter": [asdict(tensor) for tensor in self.tensors],
+            "four_bits": None if self.four_bits is None else asdict(self.four_bits),
+            "four_bits_skipped": self.four_bits_skipped or None,
+        }
+
+
+def compare(a: Record, b: Record) -> Report:
+    """Compares two records; what is the same on both is not symmetric in name only: `a` comes first in every pair."""
+    mismatches = list(_mismatches(a, b))
+    if mismatches:
+        return Report(a, b, mismatches, [], [], [], [], mismatches[0], None, "the records can't be compared")
+    steps = [_compare_step(one, other) for one, other in zip(a.steps, b.steps, strict=True)]
+    base_rows = _compare_rows(a.rows, b.rows, lambda rows: rows.base_nll)
+    final_rows = _compare_rows(a.rows, b.rows, lambda rows: rows.final_nll)
+    tensors = [TensorComparison(name, _tensor_difference(a.adapter[name], b.adapter[name])) for name in a.adapter]
+    found = _differences(a, b, steps, base_rows, final_rows, tensors)
+    four_bits = _compare_four_bits(a, b)
+    skipped = "" if four_bits else next((r.four_bits.skipped for r in (a, b) if r.four_bits.skipped), "no common rows")
+    return Report(a, b, [], steps, base_rows, final_rows, tensors, next(found, None), four_bits, skipped)
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Writes `parity_report.json`."""
+    write_atomic(folder / REPORT, to_json(report.to_dict()))
+
+
+def worst_rows(rows: list[RowComparison]) -> list[RowComparison]:
+    """The rows that differ most, the worst first."""
+    return sorted(rows, key=lambda row: -row.difference)[:NUM_WORST_ROWS]
+
+
+# --- what must be identical -------------------------------------------------------------------------------------------
+
+
+def _mismatches(a: Record, b: Record) -> Iterator[Difference]:
+    different = _different_settings(a.config, b.config)
+    if different:
+        shown = ", ".join(different[:4]) + (f" and {len(different) - 4} more" if len(different) > 4 else "")
+        yield Difference("settings", None, shown, "record both sides with the same presets, files and flags")
+    if a.model_fingerprint != b.model_fingerprint:
+        detail = f"{a.model} and {b.model} are not the same files"
+        yield Difference("model", None, detail, "use one model folder, or one hub id with one model.revision")
+    yield from _different_batches(a, b)
+    if a.initial_adapter != b.initial_adapter or _shapes(a) != _shapes(b):
+        detail = "the learners did not start from the same tensors"
+        hint = "set the same lora settings and the same train.seed; if they are, the code of the two sides differs"
+        yield Difference("initial adapter", None, detail, hint)
+    for one, other in zip(a.steps, b.steps, strict=False):
+        if one.lr != other.lr:
+            detail = f"{one.lr:.9g} and {other.lr:.9g}"
+            yield Difference("learning rate", one.step, detail, "record both sides with the same version of Twinkeel")
+            return
+
+
+def _different_batches(a: Record, b: Record) -> Iterator[Difference]:
+    hint = "use the same data file on both sides, and the same tokenizer; then the same versions of our code"
+    if len(a.steps) != len(b.steps):
+        detail = f"{len(a.steps)} and {len(b.steps)} steps"
+        yield Difference("inputs", None, detail, "record both sides with the same --steps")
+    for name in ("inputs", "targets"):
+        for one, other in zip(a.steps, b.steps, strict=False):
+            if getattr(one, name) != getattr(other, name):
+                yield Difference(name, one.step, f"the batches hold other {name}", hint)
+                break
+    validation = (a.validation_inputs, a.validation_targets) != (b.validation_inputs, b.validation_targets)
+    if validation or a.rows.row_ids != b.rows.row_ids:
+        yield Difference("validation", None, "the validation rows are not the same", hint)
+
+
+def _shapes(record: Record) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in record.adapter.items()}
+
+
+def _different_settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """`lora.rank 8 and 16`, for every setting that matters."""
+    one, other = dict(_flat(a)), dict(_flat(b))
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name) and not _is_free(name)]
+    return [f"{name} {one.get(name)} and {other.get(name)}" for name in names]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and not prefix:
+            yield from _flat(value, f"{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(f"{free}.") for free in _FREE_SETTINGS)
+
+
+# --- what may differ by rounding --------------------------------------------------------------------------------------
+
+
+def relative(one: float, other: float, *, floor: float = 0.0) -> float:
+    """The difference over the larger of the two (at least `floor`); 0 where both are 0."""
+    scale = max(abs(one), abs(other), floor)
+    return abs(one - other) / scale if scale else 0.0
+
+
+def _compare_step(one: StepRecord, other: StepRecord) -> StepComparison:
+    return StepComparison(
+        step=one.step,
+        lr=one.lr,
+        losses=(one.loss, other.loss),
+        loss_difference=relative(one.loss, other.loss, floor=LOSS_FLOOR),
+        grad_norms=(one.grad_norm, other.grad_norm),
+        norm_difference=relative(one.grad_norm, other.grad_norm),
+    )
+
+
+def _compare_rows(a: RowRecord, b: RowRecord, nll: Callable[[RowRecord], list[float]]) -> list[RowComparison]:
+    ours, theirs = _means(nll(a), a.num_targets), _means(nll(b), b.num_targets)
+    return [
+        RowComparison(row, (one, other), relative(one, other, floor=LOSS_FLOOR))
+        for row, one, other in zip(a.row_ids, ours, theirs, strict=True)
+    ]
+
+
+def _means(nll: list[float], num_targets: list[int]) -> list[float]:
+    return [value / max(number, 1) for value, number in zip(nll, num_targets, strict=True)]
+
+
+def _tensor_difference(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    scale = max(np.linalg.norm(a), np.linalg.norm(b))
+    return float(np.linalg.norm(a - b) / scale) if scale else 0.0
+
+
+def _differences(
+    a: Record,
+    b: Record,
+    steps: list[StepComparison],
+    base_rows: list[RowComparison],
+    final_rows: list[RowComparison],
+    tensors: list[TensorComparison],
+) -> Iterator[Difference]:
+    """Every place beyond tolerance, in causal order."""
+    yield from _row_differences("base losses", 0, base_rows, _HINTS["base losses"])
+    for step, one, other in zip(steps, a.steps, b.steps, strict=True):
+        yield from _step_differences(step, one, other)
+    tensor = max(tensors, key=lambda tensor: tensor.difference)
+    if tensor.difference > ADAPTER_TOLERANCE:
+        detail = f"{tensor.name} differs by {tensor.difference:.2g} of its norm"
+        yield Difference("final adapter", steps[-1].step, detail, _HINTS["final adapter"])
+    yield from _row_differences("final losses", steps[-1].step, final_rows, _HINTS["final losses"])
+
+
+def _row_differences(place: str, step: int, rows: list[RowComparison], hint: str) -> Iterator[Difference]:
+    beyond = [row for row in rows if row.difference > LOSS_TOLERANCE]
+    if beyond:
+        worst = worst_rows(beyond)[0]
+        detail = (
+            f"{len(beyond)} of {len(rows)} validation rows, the worst is row {worst.row}: "
+            f"{worst.losses[0]:.6f} and {worst.losses[1]:.6f} nats, {worst.difference:.2g} apart"
+        )
+        yield Difference(place, step, detail, hint)
+
+
+def _step_differences(step: StepComparison, one: StepRecord, other: StepRecord) -> Iterator[Difference]:
+    kind = {1: "first", 2: "second"}.get(step.step, "later")
+    if one.num_targets != other.num_targets:
+        detail = f"summed over {one.num_targets} and {other.num_targets} targets"
+        yield Difference("loss", step.step, detail, _HINTS["loss", "first"])
+    if step.loss_difference > LOSS_TOLERANCE:
+        detail = f"{step.losses[0]:.7f} and {step.losses[1]:.7f}, {step.loss_difference:.2g} apart"
+        yield Difference("loss", step.step, detail, _HINTS["loss", kind])
+    if step.norm_difference > NORM_TOLERANCE:
+        detail = f"{step.grad_norms[0]:.7g} and {step.grad_norms[1]:.7g}, {step.norm_difference:.2g} apart"
+        yield Difference("gradient norm", step.step, detail, _HINTS["gradient norm", kind])
+
+
+_UPDATE = (
+    "the first update differs: the optimiser's formula (bias correction, epsilon, momentum, decay), the clipping or "
+    "the rate it was given"
+)
+_DRIFT = (
+    "every step before agrees: if the difference rises slowly it is rounding that grows (try a lower rate), if it "
+    "jumps, look at what is special in this step (its rows, the epoch's end, the schedule)"
+)
+_HINTS: dict[str | tuple[str, str], str] = {
+    "base losses": (
+        "the two read the model differently, before any training: rotary settings, sliding window, tied embeddings, "
+        "norms, or which position predicts which token"
+    ),
+    ("loss", "first"): (
+        "the base model agrees but its loss in training does not: which targets count, what they are divided by, or "
+        "dropout that is on"
+    ),
+    ("gradient norm", "first"): (
+        "same loss, other gradient: the adapter's scale (alpha, rank, rslora), label smoothing, what the gradient is "
+        "divided by, or a tensor that is not trained"
+    ),
+    ("loss", "second"): _UPDATE,
+    ("gradient norm", "second"): _UPDATE,
+    ("loss", "later"): _DRIFT,
+    ("gradient norm", "later"): _DRIFT,
+    "final adapter": (
+        "every loss agrees, the tensors do not: a direction that hardly moves the loss, such as signs of tiny "
+        "gradients, or an adapter that is exported differently"
+    ),
+    "final losses": "training agrees, its last update or the evaluation does not",
+}
+
+
+# --- four bits --------------------------------------------------------------------------------------------------------
+
+
+def _compare_four_bits(a: Record, b: Record) -> FourBitComparison | None:
+    """On the rows that both sides tried; None where one did not."""
+    if a.four_bits.rows is None or b.four_bits.rows is None:
+        return None
+    shared = set(a.four_bits.rows.row_ids) & set(b.four_bits.rows.row_ids)
+    if not shared:
+        return None
+    pairs = [(a.rows, b.rows), (a.four_bits.rows, b.four_bits.rows)]
+    means = [[_mean(rows, shared, final=final) for rows in pair] for final in (False, True) for pair in pairs]
+    base_16, base_4, final_16, final_4 = ((one, other) for one, other in means)
+    return FourBitComparison(
+        num_rows=len(shared),
+        num_targets=int(_chosen(a.rows, a.rows.num_targets, shared).sum()),
+        descriptions=(a.four_bits.description, b.four_bits.description),
+        base_16=base_16,
+        base_4=base_4,
+        final_16=final_16,
+        final_4=final_4,
+    )
+
+
+def _mean(rows: RowRecord, shared: set[int], *, final: bool) -> float:
+    nll = rows.final_nll if final else rows.base_nll
+    return float(_chosen(rows, nll, shared).sum() / _chosen(rows, rows.num_targets, shared).sum())
+
+
+def _chosen(rows: RowRecord, column: list[float] | list[int], shared: set[int]) -> FloatArray:
+    return np.array([value for row, value in zip(rows.row_ids, column, strict=True) if row in shared], np.float64)
+
+
+def _difference_dict(difference: Difference) -> dict[str, Any]:
+    return {**asdict(difference), "where": difference.where}
+
+
+def _side_dict(record: Record) -> dict[str, Any]:
+    names = (
+        *("backend", "device", "description", "packages", "created", "model", "data", "model_fingerprint"),
+        *("inputs", "targets", "validation_inputs", "validation_targets", "initial_adapter", "config"),
+    )
+    return {name: getattr(record, name) for name in names}

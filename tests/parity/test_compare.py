@@ -1,0 +1,272 @@
+"""Comparing records: what must be identical, how differences are measured, and which place is named first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from core.parity import LOSS_FLOOR, REPORT, Report, compare, relative, write_report
+from core.parity_plot import PLOT, SMALLEST, write_parity_plot
+from core.parity_record import Record
+from core.parity_screen import MAX_STEPS, Page, shown_steps
+from tests.fakes import NAME, FakeData, FakeLearner
+from tests.parity.made import make_record, with_four_bits
+
+
+def at_step(record: Record, step: int, **changes: Any) -> Record:
+    """The record with other values at one step."""
+    return replace(record, steps=[replace(s, **changes) if s.step == step else s for s in record.steps])
+
+
+def with_rows(record: Record, **factors: float) -> Record:
+    """The record with the loss of its third row multiplied."""
+    changed = {}
+    for name, factor in factors.items():
+        column = list(getattr(record.rows, name))
+        column[2] *= factor
+        changed[name] = column
+    return replace(record, rows=replace(record.rows, **changed))
+
+
+def with_adapter(record: Record, change: float) -> Record:
+    return replace(record, adapter={NAME: np.asarray(record.adapter[NAME] * np.float32(1 + change))})
+
+
+@pytest.fixture(scope="module")
+def a() -> Record:
+    return make_record(backend="mlx")
+
+
+@pytest.fixture(scope="module")
+def b() -> Record:
+    return make_record(backend="cuda")
+
+
+def test_equal_records_are_the_same(a: Record, b: Record) -> None:
+    report = compare(a, b)
+    assert (report.verdict, report.exit_code, report.first) == ("same", 0, None)
+    assert [step.loss_difference for step in report.steps] == [0.0] * 5
+
+
+def test_differences_are_relative_to_the_larger() -> None:
+    assert relative(1.0, 1.25) == relative(-1.25, -1.0) == pytest.approx(0.2)
+    assert relative(0.0, 0.0) == 0.0 and relative(0.0, 3.0) == 1.0
+    assert relative(1e-6, 2e-6, floor=LOSS_FLOOR) == pytest.approx(1e-4)
+
+
+def test_just_within_the_tolerances(a: Record, b: Record) -> None:
+    step = b.steps[2]
+    near = at_step(b, 3, loss=step.loss * (1 + 0.9e-4), grad_norm=step.grad_norm * (1 + 0.9e-3))
+    near = with_adapter(with_rows(near, base_nll=1 + 0.9e-4, final_nll=1 - 0.9e-4), 0.9e-3)
+    report = compare(a, near)
+    assert report.verdict == "same"
+    assert report.steps[2].loss_difference == pytest.approx(0.9e-4, rel=1e-3)
+    assert report.tensors[0].difference == pytest.approx(0.9e-3, rel=1e-3)
+
+
+PLACES: list[tuple[str, int | None, dict[str, Any]]] = [
+    ("base losses", 0, {"base_nll": 1 + 1.1e-4}),
+    ("final losses", 5, {"final_nll": 1 - 1.1e-4}),
+]
+
+
+@pytest.mark.parametrize(("place", "step", "factors"), PLACES)
+def test_a_row_beyond_tolerance(a: Record, b: Record, place: str, step: int, factors: dict[str, float]) -> None:
+    first = compare(a, with_rows(b, **factors)).first
+    assert first is not None and (first.place, first.step) == (place, step)
+    assert f"row {b.rows.row_ids[2]}:" in first.detail and f"1 of {len(b.rows.row_ids)}" in first.detail
+
+
+@pytest.mark.parametrize(("step", "hint"), [(1, "label smoothing"), (2, "bias correction"), (4, "rounding that grows")])
+def test_a_gradient_norm_beyond_tolerance(a: Record, b: Record, step: int, hint: str) -> None:
+    norm = b.steps[step - 1].grad_norm
+    first = compare(a, at_step(b, step, grad_norm=norm * (1 + 1.1e-3))).first
+    assert first is not None and (first.place, first.step) == ("gradient norm", step)
+    assert hint in first.hint and first.where == f"gradient norm of step {step}"
+
+
+def test_an_adapter_beyond_tolerance_with_equal_losses(a: Record, b: Record) -> None:
+    first = compare(a, with_adapter(b, 1.1e-3)).first
+    assert first is not None and (first.place, first.step) == ("final adapter", 5)
+    assert NAME in first.detail
+
+
+def test_an_adapter_that_is_zero_on_both_sides_is_equal(a: Record, b: Record) -> None:
+    zero = {NAME: np.zeros((1, 16), np.float32)}
+    report = compare(replace(a, adapter=zero), replace(b, adapter=zero))
+    assert report.tensors[0].difference == 0.0 and report.verdict == "same"
+
+
+def test_the_first_place_is_the_one_that_comes_first_in_training(a: Record, b: Record) -> None:
+    """Everything differs: then what is mended first is what the rest follows from."""
+    wrong = with_adapter(with_rows(b, final_nll=2.0), 0.5)
+    for step in (4, 3):
+        wrong = at_step(wrong, step, loss=9.0, grad_norm=9.0)
+    found = []
+    for changed in (wrong, at_step(wrong, 2, grad_norm=9.0), at_step(wrong, 2, loss=9.0), with_rows(wrong, base_nll=2)):
+        first = compare(a, changed).first
+        assert first is not None
+        found.append((first.place, first.step))
+    assert found == [("loss", 3), ("gradient norm", 2), ("loss", 2), ("base losses", 0)]
+
+
+# --- what must be identical -------------------------------------------------------------------------------------------
+
+
+def _other_batch(b: Record) -> Record:
+    return at_step(b, 3, inputs="0")
+
+
+def _other_config(b: Record) -> Record:
+    return replace(b, config={**b.config, "lora": {**b.config["lora"], "rank": 99}})
+
+
+MISMATCHES: dict[str, tuple[Any, list[str], str]] = {
+    "settings": (_other_config, ["settings"], "lora.rank 16 and 99"),
+    "model": (lambda b: replace(b, model_fingerprint="other"), ["model"], "not the same files"),
+    "inputs": (_other_batch, ["inputs"], "other inputs"),
+    "targets": (lambda b: at_step(b, 2, targets="0"), ["targets"], "other targets"),
+    "validation": (lambda b: replace(b, validation_targets="0"), ["validation"], "validation rows"),
+    "initial adapter": (lambda b: replace(b, initial_adapter="0"), ["initial adapter"], "same tensors"),
+    "learning rate": (lambda b: at_step(b, 4, lr=1e-9), ["learning rate"], "1e-09"),
+    "steps": (lambda b: replace(b, steps=b.steps[:-1]), ["inputs"], "5 and 4 steps"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_records_of_different_things_are_not_compared(a: Record, b: Record, name: str) -> None:
+    change, places, words = MISMATCHES[name]
+    report = compare(a, change(b))
+    assert (report.verdict, report.exit_code) == ("not comparable", 1)
+    assert [mismatch.place for mismatch in report.mismatches] == places
+    assert words in report.mismatches[0].detail and report.mismatches[0].hint
+    assert report.steps == [] and report.first == report.mismatches[0]
+
+
+def test_the_step_of_the_first_other_batch_is_named(a: Record, b: Record) -> None:
+    report = compare(a, _other_batch(at_step(b, 5, inputs="1")))
+    assert report.mismatches[0].where == "inputs of step 3"
+
+
+def test_other_data_shows_as_inputs_targets_and_validation(a: Record) -> None:
+    report = compare(a, make_record(rows=FakeData(seed=3)))
+    assert [mismatch.place for mismatch in report.mismatches] == ["inputs", "targets", "validation"]
+
+
+def test_what_may_differ_between_machines_is_no_mismatch(a: Record) -> None:
+    other = make_record(
+        model={"path": "elsewhere/model"},
+        data={"path": "elsewhere/rows.jsonl"},
+        eval={"every": 7},
+        train={"gradient_checkpointing": True},
+    )
+    assert compare(a, other).verdict == "same"
+
+
+def test_another_seed_is_a_setting(a: Record) -> None:
+    assert compare(a, make_record(train={"seed": 1})).mismatches[0].detail == "train.seed 0 and 1"
+
+
+# --- four bits --------------------------------------------------------------------------------------------------------
+
+
+def test_four_bits_are_compared_on_the_rows_that_both_tried(a: Record, b: Record) -> None:
+    """Rows 0 to 3 on one side, 2 to 5 on the other: rows 2 and 3. They never change the verdict."""
+    one = replace(a, four_bits=with_four_bits(a.rows, ids=[0, 1, 2, 3], added=0.25))
+    other = replace(b, four_bits=with_four_bits(b.rows, ids=[2, 3, 4, 5], added=9.0))
+    report = compare(one, other)
+    found = report.four_bits
+    assert found is not None and report.verdict == "same"
+    places = [a.rows.row_ids.index(row) for row in (2, 3)]
+    targets = sum(a.rows.num_targets[place] for place in places)
+    base = sum(a.rows.base_nll[place] for place in places) / targets
+    final = sum(a.rows.final_nll[place] for place in places) / targets
+    assert (found.num_rows, found.num_targets) == (2, targets)
+    assert found.base_16 == pytest.approx((base, base)) and found.base_4 == pytest.approx((base + 0.25, base + 9.0))
+    assert found.final_16 == pytest.approx((final, final)) and found.final_4 == pytest.approx((final + 0.25, final + 9))
+
+
+def test_why_four_bits_were_left_out_is_said(a: Record, b: Record) -> None:
+    report = compare(a, b)
+    assert report.four_bits is None and report.four_bits_skipped == "not asked for"
+
+
+# --- files and screen -------------------------------------------------------------------------------------------------
+
+
+def test_the_report_as_a_file(a: Record, b: Record, tmp_path: Path) -> None:
+    write_report(tmp_path, compare(a, with_rows(at_step(b, 2, loss=9.0), final_nll=3.0)))
+    plain = json.loads((tmp_path / REPORT).read_text())
+    assert plain["verdict"] == "different"
+    assert (plain["first_difference"]["place"], plain["first_difference"]["step"]) == ("loss", 2)
+    assert plain["tolerances"] == {"loss": 1e-4, "grad_norm": 1e-3, "adapter": 1e-3, "loss_floor": 0.01}
+    assert [side["backend"] for side in plain["sides"]] == ["mlx", "cuda"]
+    assert plain["steps"][1]["losses"] == [a.steps[1].loss, 9.0]
+    assert plain["rows"]["worst_final"][0]["row"] == b.rows.row_ids[2]
+    assert plain["adapter"] == [{"name": NAME, "difference": 0.0}]
+
+
+def page(report: Report, width: int) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(Page(report, Path("runs/parity")))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_page_says_it_in_words_and_fits(a: Record, b: Record, width: int) -> None:
+    good, bad = page(compare(a, b), width), page(compare(a, at_step(b, 2, loss=9.0)), width)
+    assert "Parity. mlx and cuda train the same adapter" in good and "beyond" not in good
+    assert "part first at: loss of step 2" in bad and bad.count("beyond") == 2  # the step's line and the largest
+    apart = page(compare(a, _other_config(b)), width)
+    assert "Not comparable" in apart and "lora.rank 16 and 99" in apart
+    for text in (good, bad, apart):
+        assert all(len(line) <= width and line == line.rstrip() for line in text.splitlines())
+
+
+def test_many_steps_are_thinned_but_the_telling_ones_stay() -> None:
+    report = compare(make_record(backend="mlx"), make_record())
+    long = [replace(report.steps[0], step=step) for step in range(1, 101)]
+    long[36] = replace(long[36], loss_difference=2e-4)
+    long[73] = replace(long[73], norm_difference=5e-3)
+    long[90] = replace(long[90], loss_difference=3e-4)
+    shown = [step.step for step in shown_steps(long)]
+    assert len(shown) == MAX_STEPS and shown == sorted(shown)
+    assert {1, 37, 74, 91, 100} <= set(shown)
+
+
+def test_the_plot_shows_losses_and_differences(
+    a: Record, b: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Figure] = []
+    real = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (saved.append(self), real(self, *args, **kw)))
+    report = compare(a, with_rows(at_step(b, 2, loss=9.0), base_nll=1.5))
+    write_parity_plot(tmp_path, report)
+    with Image.open(tmp_path / PLOT) as image:
+        assert image.size == (1200, 1200)
+    losses, differences, rows = saved[0].axes
+    assert losses.lines[0].get_ydata().tolist() == [step.loss for step in a.steps]
+    assert losses.lines[1].get_ydata()[1] == 9.0
+    drawn = differences.lines[0].get_ydata().tolist()
+    assert drawn[1] == pytest.approx(1 - a.steps[1].loss / 9.0) and drawn[0] == SMALLEST
+    assert rows.lines[0].get_ydata()[0] == pytest.approx(1 / 3)
+    assert differences.get_yscale() == rows.get_yscale() == "log"
+
+
+def test_no_plot_of_records_that_cannot_be_compared(a: Record, b: Record, tmp_path: Path) -> None:
+    write_parity_plot(tmp_path, compare(a, _other_config(b)))
+    assert not (tmp_path / PLOT).exists()
+
+
+def test_a_learner_of_another_start_is_noticed(a: Record) -> None:
+    learner = FakeLearner(dropout=0.0)
+    learner.logits[0, 3] = 1e-3
+    assert [m.place for m in compare(a, make_record(learner=learner)).mismatches] == ["initial adapter"]
