@@ -96,8 +96,10 @@ class Adapter:
 
     @property
     def does_nothing(self) -> bool:
-        """Whether every module's B is zero (or its A), so that the model is the base model."""
-        return not any(all(np.any(matrix) for matrix in self.matrices(name)) for name in self.modules)
+        """Whether every module's A, B or scale is zero, so that the model is the base model."""
+        return not any(
+            self.scale_of(name) and all(np.any(matrix) for matrix in self.matrices(name)) for name in self.modules
+        )
 
     def with_tensors(self, tensors: AdapterTensors) -> Adapter:
         """The same adapter with other values; the names and shapes must be the same."""

@@ -55,7 +55,7 @@ def assemble(parts: Sequence[Part], architecture: Architecture, *, dropout: floa
     )
     if adapter.does_nothing:
         raise UserError(
-            f"{where}: the adapter does nothing: A or B of every module is zero",
+            f"{where}: the adapter does nothing: A, B or scale of every module is zero",
             hint="it was saved before its first training step, or saved wrongly",
         )
     return adapter

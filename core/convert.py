@@ -152,6 +152,9 @@ def summary(conversion: Conversion, bench: Bench) -> list[str]:
         if end is not conversion.ends[0]:
             measured = f"{end.max_difference:21.1e}{end.report.greedy_agreement:13.1%}"
         lines.append(f"           {name:<15} {end.report.target_loss:6.3f}{end.effect:19.3f}{measured}")
+    if len(conversion.ends) > 1:
+        largest = _size(conversion.ends[0].logits)
+        lines.append(f"  equal    each logit to within {TOLERANCES[bench.dtype]:g} of the largest ({largest:.1f})")
     used = {source.form, *conversion.forms}
     return lines + [f"  not in {LIBRARIES[form]}: {why}" for form, why in bench.left_out.items() if form in used]
 
@@ -198,7 +201,7 @@ def _end(form: Form, folder: Path, logits: PeerLogits, first: PeerLogits, bench:
 
 def _problem(end: End, first: PeerLogits, dtype: str) -> str | None:
     """What is wrong with an end, in words; None when it is the same as the first."""
-    logits, size = end.logits, max(1.0, max(float(np.abs(found).max()) for found in first.base))
+    logits, size = end.logits, _size(first)
     effect = _largest(first.adapter, first.base)
     if end.effect == 0.0:
         return f"{LIBRARIES[end.form]} loads it, and it does nothing: the logits are the base model's"
@@ -216,6 +219,11 @@ def _problem(end: End, first: PeerLogits, dtype: str) -> str | None:
     if excess > max(_EFFECT_TOLERANCE * effect, _ROUNDING[dtype] * size):
         return f"it changes a logit by {excess:.2g} more or less than the source does (at most {effect:.2g})"
     return None
+
+
+def _size(logits: PeerLogits) -> float:
+    """The largest logit of the base model, but at least 1: what differences are a share of."""
+    return max(1.0, *(float(np.abs(found).max()) for found in logits.base))
 
 
 def _changes(logits: PeerLogits) -> list[Logits]:
