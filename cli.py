@@ -126,9 +126,15 @@ def parity(args: argparse.Namespace) -> int:
 
 def _parity_of_both(args: argparse.Namespace) -> int:
     import backends
+    from core.errors import UserError
     from core.parity_run import run_parity
     from core.screen import make_console
 
+    if args.backend is not None:
+        raise UserError(
+            f"--backend {args.backend}: parity runs both backends",
+            hint=f"leave it out, or record one side with: python cli.py parity record --backend {args.backend}",
+        )
     settings = _settings(args)
     reports = [backends.get(name).probe(settings.config.device) for name in backends.names()]
     return run_parity(
@@ -179,7 +185,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     command = commands.add_parser("train", help="fine-tune a model, or --resume a run")
     _add_settings(command)
-    command.add_argument("--resume", nargs="?", const="", metavar="RUN", help="continue a run (default: the newest)")
+    command.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="continue a run, also from elsewhere (default: the newest)"
+    )
     command.set_defaults(run_command=train)
     _add_monitor(commands)
     _add_generate(commands)

@@ -7,8 +7,10 @@ chart goes, the facts stay; a terminal without UTF-8 gets ASCII.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -117,7 +119,7 @@ def _title(snapshot: Snapshot, width: int) -> list[Text]:
 def backends_of(state: Mapping[str, Any]) -> str:
     """The backend; of a run that moved, all of them: `mlx to step 10, cuda`."""
     last = str(state.get("backend") or "")
-    moves = state.get(MOVES)
+    moves = state.get("moves")
     if not isinstance(moves, list) or not all(isinstance(move, dict) for move in moves):
         return last
     before = [(str(move.get("backend")), after.get("from_step")) for move, after in pairwise(moves)]

@@ -161,7 +161,7 @@ class Report:
 
 
 def compare(a: Record, b: Record) -> Report:
-    """Compares two records; what is the same on both is not symmetric in name only: `a` comes first in every pair."""
+    """Compares two records; in every pair of the report, `a` comes first."""
     mismatches = list(_mismatches(a, b))
     if mismatches:
         return Report(a, b, mismatches, [], [], [], [], mismatches[0], None, "the records can't be compared")
@@ -196,6 +196,8 @@ def _mismatches(a: Record, b: Record) -> Iterator[Difference]:
     if a.model_fingerprint != b.model_fingerprint:
         detail = f"{a.model} and {b.model} are not the same files"
         yield Difference("model", None, detail, "use one model folder, or one hub id with one model.revision")
+    if different:
+        return  # batches, adapter and rates follow from the settings
     yield from _different_batches(a, b)
     if a.initial_adapter != b.initial_adapter or _shapes(a) != _shapes(b):
         detail = "the learners did not start from the same tensors"
@@ -209,7 +211,7 @@ def _mismatches(a: Record, b: Record) -> Iterator[Difference]:
 
 
 def _different_batches(a: Record, b: Record) -> Iterator[Difference]:
-    hint = "use the same data file on both sides, and the same tokenizer; then the same versions of our code"
+    hint = "use the same data file on both sides, and the same version of Twinkeel"
     if len(a.steps) != len(b.steps):
         detail = f"{len(a.steps)} and {len(b.steps)} steps"
         yield Difference("inputs", None, detail, "record both sides with the same --steps")
@@ -353,8 +355,8 @@ _HINTS: dict[str | tuple[str, str], str] = {
     ("loss", "later"): _DRIFT,
     ("gradient norm", "later"): _DRIFT,
     "final adapter": (
-        "every loss agrees, the tensors do not: a direction that hardly moves the loss, such as signs of tiny "
-        "gradients, or an adapter that is exported differently"
+        "every loss agrees, the tensors do not: directions that hardly move the loss. AdamW makes steps of rounding "
+        "where a gradient is tiny: if a larger optim.eps mends it, that is all; else see how the adapter is exported"
     ),
     "final losses": "training agrees, its last update or the evaluation does not",
 }

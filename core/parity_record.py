@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
@@ -151,6 +152,14 @@ def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
     return config.model_copy(update={section: changed})
 
 
+def use_whole_float32() -> None:
+    """Keeps GPUs from rounding the factors of float32 products to TF32's 11 bits, as MLX lets them by default.
+
+    Has to be called before a tensor library is loaded.
+    """
+    os.environ |= {"MLX_ENABLE_TF32": "0", "NVIDIA_TF32_OVERRIDE": "0"}
+
+
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
@@ -237,8 +246,9 @@ def record_four_bits(record: Record, learner: Learner, batches: Sequence[Batch],
         budget: about how many positions to compute; None for every row.
     """
     some = sample_rows(batches, budget=budget)
-    _log.info("%s: %d validation rows on %s", record.backend, len(some), learner.description)
+    _log.info("%s: base model, %d validation rows on %s", record.backend, len(some), learner.description)
     base = learner.evaluate(some)
+    _log.info("%s: adapter, the same rows", record.backend)
     learner.import_state(TrainState(adapter=record.adapter, optimizer={}))
     return replace(record, four_bits=FourBits(learner.description, _rows(base, learner.evaluate(some))))
 

@@ -182,7 +182,7 @@ def _files(report: Report, folder: Path) -> Iterator[RenderableType]:
     plot = f" and {PLOT}" if report.steps else ""
     yield _indented(Text(f"report  {folder / REPORT}{plot}", overflow="fold"))
     if report.verdict == "same":
-        yield _indented(Text("next    python cli.py train, on either backend"))
+        yield _indented(Text(f"next    python cli.py train --backend {report.a.backend}"))
 
 
 def _grid(*justify: str) -> Table:

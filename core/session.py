@@ -82,7 +82,6 @@ class Session:
         else:
             self._refuse_changes(checkpoint)
             self._arrival = self._arrive(checkpoint, checkpointer)
-        _write_config(self._folder, self._config)  # only now that nothing stands against going on here
         return self._run(checkpointer, checkpoint)
 
     def _arrive(self, checkpoint: Checkpoint, checkpointer: Checkpointer) -> Arrival:
@@ -110,6 +109,7 @@ class Session:
             # the journal first: if it is refused, the state file stays as it was
             journal = Journal(self._folder, keep_bytes=checkpoint.trainer["journal_bytes"] if checkpoint else 0)
             stack.callback(journal.close)
+            _write_config(self._folder, self._config)  # of a run that moved: only now that nothing stands against it
             self._state = RunState(self._folder, self._facts(checkpoint))
             self._state.update()
             stack.enter_context(logging_to_file(self._folder / LOG))
@@ -343,11 +343,14 @@ class Session:
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:
+    """Leaves a file that says the same alone."""
     import yaml
 
     plain = to_plain(config.model_copy(update={"output": None}))
-    text = "# The settings of this run, fully resolved. Repeat it with: python cli.py train --config FILE\n"
-    write_atomic(folder / CONFIG, text + yaml.safe_dump(plain, sort_keys=False))
+    head = "# The settings of this run, fully resolved. Repeat it with: python cli.py train --config FILE\n"
+    path, text = folder / CONFIG, head + yaml.safe_dump(plain, sort_keys=False)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_atomic(path, text)
 
 
 def _log_to_file_only(line: str) -> None:

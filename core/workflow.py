@@ -36,6 +36,7 @@ from core.parity_record import (
     certified,
     record_four_bits,
     record_training,
+    use_whole_float32,
     without_four_bits,
     write_record,
 )
@@ -243,6 +244,7 @@ def record_parity(settings: Settings, *, steps: int, four_bits: bool, console: C
         UserError: as `train`, or a loss that became NaN or infinite; no record is written.
     """
     with logging_to(console):
+        use_whole_float32()
         config, overridden = certified(settings, steps=steps)
         if overridden:
             _log.info("for parity: %s", ", ".join(overridden))

@@ -43,7 +43,7 @@ def test_generated_files_are_what_their_scripts_make(script: str) -> None:
     subprocess.run([sys.executable, ROOT / script, "--check"], check=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/runs.md", "docs/data.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/runs.md", "docs/data.md", "docs/parity.md"])
 def test_commands_on_the_pages_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     commands = re.findall(r"^python cli\.py (\w[^#\n]*)", text, flags=re.MULTILINE)

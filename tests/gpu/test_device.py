@@ -14,6 +14,7 @@ import pytest
 import backends
 import cli
 from core.errors import OutOfMemoryError
+from core.optimizer_state import dequantised
 from core.protocols import Batch, Learner, TrainState
 from tests.backends.conftest import (
     KINDS,
@@ -218,6 +219,25 @@ def test_continuing_with_the_fast_attention_kernel(opened: Open, folders: dict[s
     if distance(again, end, start=middle) == 0.0:
         assert_same_state(resumed, end)
     assert distance(resumed, end, start=middle) < 0.05
+
+
+@pytest.mark.usefixtures("gpu")
+def test_moments_of_32_bits_go_on_in_8(opened: Open, folders: dict[str, Path]) -> None:
+    """As for a run that comes from a Mac: quantised on import, and training goes on lowering the loss."""
+    pytest.importorskip("bitsandbytes")
+    wide, narrow = (opened(folders["llama"], **with_settings(EIGHT_BIT, optim={"state_bits": n})) for n in (32, 8))
+    assert (wide.state_bits, narrow.state_bits) == (32, 8)
+    middle = train(wide, range(1, 5))
+    narrow.import_state(middle)
+    held = narrow.export_state()
+    assert {array.dtype.name for key, array in held.optimizer.items() if key[:5] == "state"} == {"uint8", "float32"}
+    moments = dict(dequantised(held.optimizer))
+    for name, wanted in middle.optimizer.items():
+        assert np.abs(np.subtract(moments[name], wanted)).max() <= 0.02 * np.abs(wanted).max(), name
+    losses = [float(narrow.train_step(microbatches(), step=step, lr=5e-3).loss) for step in range(5, 17)]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0] - 0.3
+    wide.import_state(narrow.export_state())
+    assert {array.dtype.name for array in wide.export_state().optimizer.values()} == {"float32"}
 
 
 # --- no waiting in a step

@@ -218,5 +218,5 @@ def record_side(backend: str, jobs: list[dict[str, Any]]) -> None:
         "record_jobs(sys.argv[1], json.loads(sys.argv[2]))\n"
     )
     command = [sys.executable, "-c", code, backend, json.dumps(jobs, default=str)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

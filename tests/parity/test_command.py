@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -86,14 +87,17 @@ def test_both_sides_in_their_own_processes(run_process: RunCli, settings: list[o
             assert abs(four["final_4"][side] - four["base_4"][side]) > 1e-4
 
 
-def test_one_side(run_cli: RunCli, settings: list[object]) -> None:
+def test_one_side(run_cli: RunCli, settings: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without("cuda")
+    for name in ("MLX_ENABLE_TF32", "NVIDIA_TF32_OVERRIDE"):
+        monkeypatch.setenv(name, "1")
     command = ("parity", "record", *settings, "--backend", "cuda", "--steps", 2, "--skip-4bit", "--output", "side")
     done = run_cli(*command)
     assert done.code == 0, done.err
     record = read_record(Path("side"))
     assert (record.backend, len(record.steps), record.four_bits.rows) == ("cuda", 2, None)
     assert "recorded in side" in done.out
+    assert os.environ["MLX_ENABLE_TF32"] == os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     again = run_cli(*command)
     assert again.code == 2 and "side: already exists" in again.err
 
@@ -200,6 +204,7 @@ MISTAKES: list[tuple[tuple[object, ...], str]] = [
     (("compare", "one"), "parity compare one: no such form"),
     (("bogus",), "parity bogus: no such form"),
     (("compare", "one", "two", "--lr", 1e-3), "--lr has no effect"),
+    (("--backend", "mlx"), "parity runs both backends"),
 ]
 
 

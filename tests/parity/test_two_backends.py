@@ -55,6 +55,9 @@ FAULTS: dict[str, tuple[str, str, str, int | None]] = {
 }
 
 
+pytestmark = pytest.mark.timeout(600)  # the records of all tests are made in the first one
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Records `<root>/<backend>/<training>`; few steps in `few-<training>`; with a fault in `<fault>`."""
