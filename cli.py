@@ -46,7 +46,7 @@ def train(args: argparse.Namespace) -> int:
 
     if args.resume is None:
         settings = _settings(args)  # first: a misspelt preset should not wait for the imports
-        from core.workflow import train
+        from core.workflow.train import train
 
         return train(settings, console=make_console())
     if given := [flag for flag in _given(args) if flag not in _WHERE]:
@@ -55,7 +55,7 @@ def train(args: argparse.Namespace) -> int:
             hint=f"leave them out (only {', '.join(_WHERE)} may differ), or start a new run without --resume",
         )
     folder = existing_run(args.resume or None)
-    from core.workflow import resume
+    from core.workflow.train import resume
 
     return resume(folder, flags=_flags(args), console=make_console())
 
@@ -82,7 +82,7 @@ def generate(args: argparse.Namespace) -> int:
     from core.screen import make_console
 
     folder = existing_run(args.run)
-    from core.workflow import answer
+    from core.workflow.generate import answer
 
     return answer(folder, args.prompt, max_tokens=args.max_tokens, console=make_console())
 
@@ -90,7 +90,7 @@ def generate(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     """Writes an adapter for PEFT, for mlx-lm or for both, and proves that it does the same there."""
     from core.screen import make_console
-    from core.workflow import convert
+    from core.workflow.convert import convert
 
     return convert(
         args.adapter, to=args.to, output=args.output, model=args.model, data=args.data, console=make_console()
@@ -113,7 +113,7 @@ def parity(args: argparse.Namespace) -> int:
             return compare_folders(Path(one), Path(other), output=args.output, console=make_console())
         case ["record"]:
             settings = _settings(args)
-            from core.workflow import record_parity
+            from core.workflow.parity import record_parity
 
             return record_parity(settings, steps=args.steps, four_bits=not args.skip_4bit, console=make_console())
         case []:

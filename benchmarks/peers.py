@@ -52,7 +52,7 @@ def timed(action: Callable[[], object]) -> Seconds:
 
 def ours(backend: str, data: Path, num_frozen: int) -> Seconds:
     from core.settings import resolve
-    from core.workflow import prepare
+    from core.workflow.job import prepare
 
     sets = [
         f"model.path={MODEL}",

@@ -30,7 +30,7 @@ from core.tensor_files import read_float32
 from core.trainer import StepSource
 
 if TYPE_CHECKING:
-    from core.workflow import Job
+    from core.workflow.job import Job
 
 RECORD = "record.json"
 ADAPTER = "adapter.safetensors"

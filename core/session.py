@@ -43,7 +43,7 @@ from core.trainer import Trainer, plan_steps
 from core.verdict import summarize, verdict_lines
 
 if TYPE_CHECKING:
-    from core.workflow import Job
+    from core.workflow.job import Job
 
 _log = logging.getLogger("twinkeel")
 

@@ -17,6 +17,7 @@ TENSOR_LIBRARIES = {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandby
 HEAVY = TENSOR_LIBRARIES | {"numpy", "pydantic", "rich", "pandas", "datasets", "yaml", "safetensors", "matplotlib"}
 ABOVE_CORE = {"data", "backends", "cli"}
 KNOWS_ALL = "core.workflow"
+"""The package that puts the rest together."""
 
 
 def modules_of(package: str) -> list[str]:
@@ -28,7 +29,7 @@ def modules_of(package: str) -> list[str]:
     return names
 
 
-CORE = [name for name in modules_of("core") if name != KNOWS_ALL]
+CORE = [name for name in modules_of("core") if not name.startswith(KNOWS_ALL)]
 
 
 def python(code: str, *arguments: str) -> str:
@@ -143,8 +144,8 @@ FORBIDDEN = {
 )
 def test_imports_point_one_way(package: str, module: str) -> None:
     found = {name for name in imports_of(module) if is_within(name, FORBIDDEN[package])}
-    if module == KNOWS_ALL:
-        assert {name.split(".")[0] for name in found} == {"data", "backends"}
+    if module.startswith(KNOWS_ALL):
+        assert {name.split(".")[0] for name in found} <= {"data", "backends"}
     else:
         assert found == set()
 

@@ -241,11 +241,11 @@ def test_out_of_memory_says_which_setting_to_lower(train: Train, monkeypatch: py
 
 
 def test_interrupted_before_the_first_step(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    import core.workflow
+    import core.workflow.job
 
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(core.workflow, "load_data", interrupt)
+    monkeypatch.setattr(core.workflow.job, "load_data", interrupt)
     result = train()
     assert result.code == 130 and "interrupted" in result.err

@@ -180,7 +180,7 @@ def preload(backend: str) -> None:
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
 
-    import core.workflow  # noqa: F401
+    import core.workflow.train  # noqa: F401
 
     if backend == "cuda":
         import peft  # noqa: F401

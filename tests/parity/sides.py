@@ -25,7 +25,7 @@ from core.parity_record import certified, record_training, write_record
 from core.protocols import IGNORE, Batch
 from core.settings import Settings
 from core.trainer import TrainingData
-from core.workflow import Job, prepare
+from core.workflow.job import Job, prepare
 from tests.backends.conftest import ROOT, make_config
 
 FEW_STEPS = 5

@@ -1,0 +1,195 @@
+"""From a configuration to a prepared job: everything that can be wrong is found before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import backends
+from core.adapter import Adapter, plan_adapter
+from core.architecture import Architecture, read_architecture
+from core.config import RunConfig, to_plain
+from core.errors import UserError
+from core.init_adapter import read_init_adapter
+from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
+from core.models.fingerprint import model_fingerprint
+from core.protocols import Backend, DeviceReport, Learner
+from data.dataset import load_data
+from data.tokenize import load_tokenizer
+from data.training import RunData
+
+_log = logging.getLogger("twinkeel")
+_ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that a run needs, found and checked; nothing is written yet."""
+
+    config: RunConfig
+    """Fully resolved: no `auto` for backend and model."""
+    backend: Backend
+    device: DeviceReport
+    model: ResolvedModel
+    architecture: Architecture
+    adapter: Adapter
+    data: RunData
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint is bound to: it may be continued with the same model, data and settings only."""
+        bound = to_plain(self.config)
+        for free in ("output", "device", "backend"):
+            del bound[free]
+        del bound["model"]["path"], bound["data"]["path"], bound["lora"]["init_adapter"]
+        bound["model"]["revision"] = None  # like the path: where the model is
+        identity = {
+            "model": model_fingerprint(self.model.path),
+            "data": self.data.fingerprint,
+            "settings": hashlib.sha256(repr(bound).encode()).hexdigest(),
+        }
+        return (
+            identity if self.config.lora.init_adapter is None else identity | {"init_adapter": self.adapter.fingerprint}
+        )
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    choose_bits: bool,
+    sources: Mapping[str, str] | None = None,
+    init_adapter: Path | None = None,
+) -> Job:
+    """Finds and checks everything.
+
+    Args:
+        choose_bits: lets `auto` choose 16 bits for a small model.
+        sources: where the settings came from.
+        init_adapter: where the adapter to start from lies now, if there is one.
+    """
+    backend, device = find_backend(config)
+    config = changed(config, backend=backend.name)
+    model = find_model(config, device)
+    config = _with_model(config, model, choose_bits=choose_bits)
+    architecture = read_architecture(model.path)
+    config, adapter = _first_adapter(config, model, architecture, sources=sources or {}, folder=init_adapter)
+    for warning in [*_warnings(config, architecture), *backend.check(config)]:
+        _log.warning(warning)
+    data = load_rows(config, model, architecture)
+    return Job(config, backend, device, model, architecture, adapter, data)
+
+
+def _first_adapter(
+    config: RunConfig,
+    model: ResolvedModel,
+    architecture: Architecture,
+    *,
+    sources: Mapping[str, str],
+    folder: Path | None,
+) -> tuple[RunConfig, Adapter]:
+    """The adapter to start from: drawn, or read; and the settings that say what it is."""
+    if config.lora.init_adapter is None:
+        return config, plan_adapter(config.lora, architecture, seed=config.train.seed)
+    folder = folder or Path(config.lora.init_adapter)
+    init = read_init_adapter(folder, config.lora, architecture, model=model.name, sources=sources)
+    for note in init.notes:
+        _log.info(note)
+    return changed(config, lora=init.lora), init.adapter
+
+
+def find_backend(config: RunConfig) -> tuple[Backend, DeviceReport]:
+    """Raises: UserError: it can't train here."""
+    backend = backends.get(config.backend)
+    device = backend.probe(config.device)
+    if not device.available:
+        raise UserError(f"backend {backend.name}: {device.problem}", hint="see: python cli.py doctor")
+    return backend, device
+
+
+def find_model(config: RunConfig, device: DeviceReport) -> ResolvedModel:
+    """The folder of `model.path`, downloaded if need be; `device` matters for `auto` only."""
+    model = resolve_model(
+        config.model.path,
+        revision=config.model.revision,
+        backend=config.backend,
+        bits=config.model.bits,
+        memory_bytes=device.memory_bytes,
+        accelerator=device.accelerator,
+    )
+    if model.note:
+        _log.info(model.note)
+    return model
+
+
+def _with_model(config: RunConfig, model: ResolvedModel, *, choose_bits: bool) -> RunConfig:
+    """Puts the model that was found into the configuration, for `config.yaml`."""
+    update: dict[str, Any] = {"path": model.name}
+    is_auto = config.model.path == "auto"
+    if is_auto and choose_bits and model.name == QUICKSTART_MODEL and config.model.bits == 4:
+        _log.info("16-bit weights: four bits cost a model this small more than training gains")
+        update["bits"] = 16
+    return changed(config, model=config.model.model_copy(update=update))
+
+
+def changed(config: RunConfig, **values: Any) -> RunConfig:
+    """The configuration with some sections or settings replaced."""
+    return config.model_copy(update=values)
+
+
+def _warnings(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+    """Settings that have no effect on any backend, in this combination."""
+    if config.log.trackers:
+        raise UserError(
+            f"log.trackers: {', '.join(config.log.trackers)}: this version has no trackers",
+            hint="remove the setting; metrics.jsonl in the run folder holds every record",
+        )
+    if config.moe.train_router:
+        yield "moe.train_router has no effect: this version has no adapters for routers"
+    if architecture.is_moe and config.moe.aux_loss_weight:
+        yield "moe.aux_loss_weight has no effect: the router is frozen"
+    if architecture.max_positions and config.data.max_tokens > architecture.max_positions:
+        yield (
+            f"data.max_tokens {config.data.max_tokens} is more than the "
+            f"{architecture.max_positions} positions this model was made for"
+        )
+    schedule = config.schedule
+    if schedule.name == "constant" and schedule.min_lr:
+        yield "schedule.min_lr has no effect with schedule.name constant"
+    if config.optim.name != "sgd" and config.optim.momentum:
+        yield f"optim.momentum has no effect with optim.name {config.optim.name}"
+
+
+def load_rows(
+    config: RunConfig, model: ResolvedModel, architecture: Architecture, *, say_findings: bool = True
+) -> RunData:
+    """The rows that the settings name, tokenised for the model."""
+    tokenizer = load_tokenizer(model.path, trust_remote_code=config.model.trust_remote_code)
+    source = config.data.model_copy(update={"path": _find_data(config.data.path)})
+    prepared = load_data(source, tokenizer, seed=config.train.seed)
+    for finding in prepared.findings if say_findings else ():
+        _log.warning(finding)
+    data = RunData(prepared, config)
+    data.check_vocabulary(architecture.vocab_size)
+    return data
+
+
+def _find_data(path: str) -> str:
+    """The shipped samples are found from any folder."""
+    shipped = _ROOT / path
+    return str(shipped) if not Path(path).exists() and shipped.exists() else path
+
+
+@contextmanager
+def opened(job: Job) -> Iterator[Learner]:
+    """The model on its device, until the context ends."""
+    _log.info("loading %s", job.model.name)
+    learner = job.backend.open(job.config, job.model, job.adapter)
+    try:
+        yield learner
+    finally:
+        learner.close()

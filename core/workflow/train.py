@@ -1,0 +1,85 @@
+"""A run, new or continued, to its verdict.
+
+Both first find everything that can be wrong (backend, model, data, settings) and only then touch the disk: a user's
+mistake leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import backends
+from core.config import RunConfig
+from core.errors import UserError
+from core.init_adapter import COPY
+from core.moves import choose_backend
+from core.run import COMPLETE, CONFIG, RunLock, claim_run_folder, new_run_folder, read_state
+from core.screen import logging_to
+from core.session import Session
+from core.settings import Settings, load_config, resolve
+from core.workflow.job import changed, opened, prepare
+
+_log = logging.getLogger("twinkeel")
+
+
+def train(settings: Settings, *, console: Console) -> int:
+    """A new run, to its end. Returns the exit code.
+
+    Raises:
+        UserError: something in the settings, the model, the data or the machine; the run folder is not written, or
+            says why the run failed.
+    """
+    with logging_to(console):
+        config = settings.config
+        data_name = Path(config.data.path).name
+        new_run_folder(config.output, data_name=data_name)  # before anything is loaded: is --output free?
+        job = prepare(config, choose_bits="model.bits" not in settings.sources, sources=settings.sources)
+        with opened(job) as learner:
+            folder, lock = claim_run_folder(config.output, data_name=data_name)
+            with lock:
+                return Session(job, learner, folder, console=console).begin()
+
+
+def resume(folder: Path, *, flags: Mapping[str, tuple[str, Any]] | None = None, console: Console) -> int:
+    """Continues a run from its newest good checkpoint, as if it had never stopped. Returns the exit code.
+
+    Args:
+        flags: as of `core.settings.resolve`: where things are now.
+
+    Raises:
+        UserError: the run is complete, another process trains in it, or its model, data or settings have changed.
+    """
+    with logging_to(console):
+        state = read_state(folder)
+        if state.get("status") in COMPLETE:
+            raise UserError(
+                f"{folder}: already {state['status'].replace('_', ' ')}; nothing to resume",
+                hint=f"see its verdict with: python cli.py monitor {folder} --once",
+            )
+        with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
+            job = prepare(_config_here(folder, flags or {}), choose_bits=False, init_adapter=folder / COPY)
+            with opened(job) as learner:
+                return Session(job, learner, folder, console=console).resume()
+
+
+def _config_here(folder: Path, flags: Mapping[str, tuple[str, Any]]) -> RunConfig:
+    """The run's settings, with what was typed, for a backend that is there."""
+    written = load_config(folder / CONFIG)
+    config = resolve(files=[folder / CONFIG], flags=flags).config
+    if "model.path" in flags:  # another model folder has no commit of the one before
+        config = changed(config, model=config.model.model_copy(update={"revision": None}))
+    config, notes = choose_backend(
+        config,
+        written=written.backend,
+        typed=flags.keys(),
+        probe=lambda name, device: backends.get(name).probe(device),
+        names=backends.names(),
+    )
+    for note in notes:
+        _log.info(note)
+    return config
