@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -111,6 +111,11 @@ def split_name(module: str) -> tuple[int, str]:
     """`model.layers.3.self_attn.q_proj` -> (3, `self_attn.q_proj`)."""
     _, _, layer, key = module.split(".", 3)
     return int(layer), key
+
+
+def trains_router(modules: Iterable[str]) -> bool:
+    """Whether a mixture's router is among these full names of modules."""
+    return any(module.endswith(f".{ROUTER}") for module in modules)
 
 
 def plan_adapter(lora: LoraConfig, architecture: Architecture, *, seed: int, router: bool = False) -> Adapter:

@@ -36,6 +36,8 @@ class ModelConfig(Section):
     """Precision of the frozen base: 4 (MLX affine group 64, NF4 with double quantisation on CUDA) or 16."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. `auto`: bfloat16 on an accelerator, float32 on a CPU."""
+    cache_packed: bool = True
+    """Keep a mixture's 4-bit weights on disk once they are packed (CUDA), so that the next start takes seconds."""
     trust_remote_code: bool = False
     """Let code from the model folder run (tokenizers and models with code of their own)."""
 
@@ -186,9 +188,9 @@ class CheckpointConfig(Section):
 
 class MoeConfig(Section):
     aux_loss_weight: NonNegative = 0.001
-    """Weight of the load-balancing loss, for mixture-of-experts models with a trained router."""
+    """Weight of the load-balancing loss in what is optimised, when there is an adapter on a mixture's router."""
     train_router: bool = False
-    """Put an adapter on the router."""
+    """Put an adapter on a mixture's router, whatever `lora.targets` names."""
 
 
 class LogConfig(Section):

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from core.errors import UserError
 from core.files import disk_errors, write_atomic
+from core.routing import SCALARS
 
 JOURNAL = "metrics.jsonl"
 JSON_EXPORT = "training_metrics.json"
@@ -39,9 +40,16 @@ FIELDS = (
     "grade",
     "best_step",
     "best_val_loss",
+    "aux_loss",
+    "routing",
 )
-"""Columns of the CSV. Units: losses and gap in nats per target token, memory in GB (10^9 bytes), time in seconds since
-the run began, over all its processes."""
+"""Fields of a record. Units: losses and gap in nats per target token, memory in GB (10^9 bytes), time in seconds since
+the run began, over all its processes. `aux_loss` is the load-balancing loss of a trained router, without its weight,
+per token; `routing` is `core.routing.RoutingReport.to_record` of a mixture's evaluation."""
+
+ROUTING = "routing"
+COLUMNS = (*(name for name in FIELDS if name != ROUTING), *(f"{ROUTING}.{name}" for name in SCALARS))
+"""Columns of the CSV: the fields, and of `routing` the plain numbers."""
 
 MACHINE_FIELDS = frozenset({"tokens_per_second", "memory_gb", "time"})
 """Fields that measure the machine: the only ones in which a resumed run differs from one that was never stopped."""
@@ -123,7 +131,7 @@ class Journal:
         body = b"".join(b"\n" + line + b"," for line in lines).removesuffix(b",")
         write_atomic(self._folder / JSON_EXPORT, b"[" + body + _ARRAY_END)
         rows = b"".join(_csv_line(json.loads(line)) for line in lines)
-        write_atomic(self._folder / CSV_EXPORT, (",".join(FIELDS) + "\r\n").encode() + rows)
+        write_atomic(self._folder / CSV_EXPORT, (",".join(COLUMNS) + "\r\n").encode() + rows)
 
 
 def _open_journal(path: Path, keep_bytes: int) -> BinaryIO:
@@ -149,7 +157,9 @@ def _write_all(descriptor: int, content: bytes, offset: int) -> None:
 
 def _csv_line(record: Record) -> bytes:
     text = io.StringIO()
-    csv.writer(text).writerow([record.get(name) for name in FIELDS])
+    routing = record.get(ROUTING) or {}
+    flat = {**record, **{f"{ROUTING}.{name}": routing.get(name) for name in SCALARS}}
+    csv.writer(text).writerow([flat.get(name) for name in COLUMNS])
     return text.getvalue().encode()
 
 

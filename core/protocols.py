@@ -27,6 +27,7 @@ FILLER_ROW = -1
 IntArray = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 Tensors = Mapping[str, npt.NDArray[np.generic]]
 
 
@@ -53,6 +54,18 @@ class Batch:
         """Positions that are computed, padding included: B x T."""
         return int(self.inputs.size)
 
+    @property
+    def is_token(self) -> BoolArray:
+        """bool [B, T]: the positions up to each row's last target, which ends every row; the others are padding."""
+        has_target = self.targets != IGNORE
+        after: BoolArray = np.logical_or.accumulate(has_target[:, ::-1], axis=1)[:, ::-1]
+        return after
+
+    @property
+    def num_real_tokens(self) -> int:
+        """Positions without the padding."""
+        return int(np.count_nonzero(self.is_token))
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
@@ -63,6 +76,15 @@ class StepOutput:
     grad_norm: SupportsFloat
     """Global L2 norm before clipping."""
     num_targets: int
+    aux_loss: SupportsFloat | None = None
+    """Load-balancing loss of the step, without its weight; None unless the adapter is on a router.
+
+    Of a micro-batch with N tokens (padding left out) and L layers with E experts each, k of them for a token:
+    E * sum over experts of f * P, with f the times that an expert was chosen over L * N and P the mean of its
+    router probability over layers and tokens (Fedus et al. 2021, arXiv:2101.03961, eq. 4-6, as transformers has it
+    for Mixtral); k when all experts are used alike, E when a token's first expert is always the same and sure. Of a
+    step: the mean over its tokens, so the sum over micro-batches of N / (tokens of the step) times their own.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +97,9 @@ class RowLosses:
     """float64 [N]: negative log-likelihood in nats, summed over the row's target tokens."""
     num_targets: IntArray
     """int64 [N]"""
+    expert_tokens: IntArray | None = None
+    """int64 [layers, experts]: tokens that each expert got, padding left out; a token with k experts counts k times.
+    None for a dense model."""
 
     @property
     def mean(self) -> float:
@@ -167,6 +192,17 @@ class DeviceReport:
     """Installed versions of the packages that this backend imports; missing ones are left out."""
 
 
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A tensor of a loaded model, with what belongs to it (scales)."""
+
+    name: str
+    dtype: str
+    """As the device holds it: `float32`, `bfloat16`, `nf4`, `affine 4-bit` …"""
+    parameters: int
+    bytes: int
+
+
 class Learner(Protocol):
     """A model with an adapter and an optimiser, on a device."""
 
@@ -202,6 +238,10 @@ class Learner(Protocol):
 
     def import_state(self, state: TrainState) -> None:
         """Continues from `state`. AdamW's moments may come in 8 bits or in 32, whichever are kept here."""
+        ...
+
+    def weights(self) -> Sequence[Weight]:
+        """Every tensor of base and adapter, once."""
         ...
 
     def memory(self) -> MemoryStats: ...

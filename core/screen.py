@@ -18,6 +18,7 @@ from rich.text import Text
 
 from core.config import BASE_MODEL, GuardConfig
 from core.overfitting import Gap, advice, relative_warning
+from core.routing import RoutingReport, describe
 
 LOGGER = logging.getLogger("twinkeel")
 GRADE_STYLES = {"EXCELLENT": "green", "GOOD": "green", "MODERATE": "yellow", "CRITICAL": "red"}
@@ -42,8 +43,10 @@ def record_line(record: Mapping[str, Any], *, total_steps: int) -> str:
     """One line for a journal record."""
     parts = [f"step {record['step']}/{total_steps}", f"epoch {record['epoch']:.2f}"]
     if record["loss"] is not None:
+        parts.append(f"loss {record['loss']:.3f}")
+        if "aux_loss" in record:
+            parts.append(f"aux loss {record['aux_loss']:.3f}")
         parts += [
-            f"loss {record['loss']:.3f}",
             f"lr {record['lr']:.2e}",
             f"grad norm {record['grad_norm']:.2f}",
         ]
@@ -63,6 +66,15 @@ def evaluation_line(gap: Gap, *, step: int, is_best: bool, patience_left: int | 
         f"{name}: validation {gap.val_loss:.3f}  probe {gap.probe_loss:.3f}  "
         f"gap {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]  {gap.grade}{mark}"
     )
+
+
+def routing_line(report: RoutingReport, *, step: int, start: str = BASE_MODEL) -> str:
+    """One line on how a mixture uses its experts, and how far that is from what it did before the first step."""
+    found = report.scalars
+    line = f"experts: entropy {found['entropy']:.2f} (lowest {found['entropy_min']:.2f}, layer {found['entropy_min_layer']})"
+    if step == 0:
+        return line
+    return f"{line}, moved {found['moved_max']:.2f} from the {start} (layer {found['moved_max_layer']})"
 
 
 class _Numbers(ProgressColumn):
@@ -151,6 +163,13 @@ class TrainScreen:
             "grade": gap.grade,
         }
         self._update(**self._fields)
+
+    def show_routing(self, report: RoutingReport, *, step: int) -> None:
+        LOGGER.info("  %s", routing_line(report, step=step, start=self._start))
+        if step == 0 and (before := report.base.collapsed()):
+            LOGGER.info("  experts: unbalanced before training already: %s", describe(before))
+        if report.collapses:
+            LOGGER.warning("experts: the routing collapsed in training: %s", describe(report.collapses))
 
     def _update(self, **values: Any) -> None:
         if self._bar is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from core import census
 from core.adapter import Adapter
 from core.adapter_files import write_adapter
 from core.checkpoint import FOLDER as CHECKPOINTS
@@ -58,6 +59,7 @@ class Session:
         self._folder = folder
         self._console = console
         self._plan = plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch)
+        self._census = census.census(learner.weights())
         self._place = Place.of(job.config, job.device, job.architecture)
         self._arrival = Arrival(moved_to((), self._place, from_step=0))
 
@@ -226,7 +228,7 @@ class Session:
             num_val_rows=self._job.data.num_val_rows,
             error=error,
         )
-        return {**summary, MOVES: plain(self._arrival.moves)}
+        return {**summary, "weights": census.to_plain(self._census), MOVES: plain(self._arrival.moves)}
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
@@ -302,6 +304,7 @@ class Session:
             f"  model    {self._job.model.name} · {config.backend} · {self._learner.description}",
             f"  adapter  rank {ranks} on {names} in {layers} · "
             f"{count(self._learner.num_trainable)} of {count(self._learner.num_parameters)} parameters",
+            f"  weights  {census.line(self._census)}",
             f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
             f"  plan     {self._plan.total_steps} steps of {config.train.batch_size * config.train.accumulation} rows, "

@@ -25,7 +25,8 @@ from core.early_stopping import EarlyStopping
 from core.errors import NonFiniteLossError
 from core.journal import Journal
 from core.overfitting import Gap, measure_gap
-from core.protocols import IGNORE, Batch, IntArray, Learner, RowLosses, StepOutput, Tensors
+from core.protocols import Batch, IntArray, Learner, RowLosses, StepOutput, Tensors
+from core.routing import Routing, RoutingReport
 from core.row_losses import write_row_losses
 from core.schedule import lr_at
 
@@ -61,6 +62,7 @@ class Screen(Protocol):
     def show_step(self, *, step: int, epoch: float) -> None: ...
     def show_record(self, record: Mapping[str, Any]) -> None: ...
     def show_evaluation(self, gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> None: ...
+    def show_routing(self, report: RoutingReport, *, step: int) -> None: ...
     def show_phase(self, phase: str) -> None: ...
 
 
@@ -116,6 +118,8 @@ class Window:
     """Sums since the last record; part of every checkpoint."""
 
     loss_sum: float = 0.0
+    aux_sum: float | None = None
+    """Load-balancing loss times the step's tokens; None when there is none."""
     num_targets: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
@@ -129,6 +133,10 @@ class Progress:
     base_val_loss: float | None = None
     best_gap: Gap | None = None
     last_gap: Gap | None = None
+    base_routing: Routing | None = None
+    """Of a mixture, before the first step."""
+    best_routing: dict[str, float | int] | None = None
+    """`core.routing.SCALARS` of the best step."""
     window: Window = field(default_factory=Window)
     num_target_tokens: int = 0
     num_tokens: int = 0
@@ -139,7 +147,15 @@ class Progress:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Progress:
         gaps = {name: None if values[name] is None else Gap(**values[name]) for name in ("best_gap", "last_gap")}
-        return cls(**{**values, **gaps, "window": Window(**values["window"])})
+        routing = values.get("base_routing")
+        return cls(
+            **{
+                **values,
+                **gaps,
+                "base_routing": None if routing is None else Routing.from_dict(routing),
+                "window": Window(**values["window"]),
+            }
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +165,7 @@ class _PendingStep:
     step: int
     output: StepOutput
     row_ids: IntArray
+    num_tokens: int
 
 
 class Trainer:
@@ -252,8 +269,8 @@ class Trainer:
         microbatches = self._source.microbatches(step)
         output = self.learner.train_step(microbatches, step=step, lr=lr)
         row_ids = np.concatenate([batch.row_ids for batch in microbatches])
-        self._pending.append(_PendingStep(step, output, row_ids))
-        window, tokens = self.progress.window, sum(map(_real_tokens, microbatches))
+        window, tokens = self.progress.window, sum(batch.num_real_tokens for batch in microbatches)
+        self._pending.append(_PendingStep(step, output, row_ids, tokens))
         window.num_tokens += tokens
         self.progress.num_tokens += tokens
         self.progress.num_target_tokens += output.num_targets
@@ -269,16 +286,21 @@ class Trainer:
         grad_norm: float | None = None
         for pending in self._pending:
             loss, grad_norm = float(pending.output.loss), float(pending.output.grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise self._non_finite(pending, loss, grad_norm)
-            self.progress.window.loss_sum += loss * pending.output.num_targets
-            self.progress.window.num_targets += pending.output.num_targets
+            aux_loss = None if pending.output.aux_loss is None else float(pending.output.aux_loss)
+            values = {"loss": loss, "load-balancing loss": aux_loss or 0.0, "gradient norm": grad_norm}
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise self._non_finite(pending, name, value)
+            window = self.progress.window
+            window.loss_sum += loss * pending.output.num_targets
+            window.num_targets += pending.output.num_targets
+            if aux_loss is not None:
+                window.aux_sum = (window.aux_sum or 0.0) + aux_loss * pending.num_tokens
         self._pending.clear()
         self._count_seconds(began)
         return grad_norm
 
-    def _non_finite(self, pending: _PendingStep, loss: float, grad_norm: float) -> NonFiniteLossError:
-        name, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", grad_norm)
+    def _non_finite(self, pending: _PendingStep, name: str, value: float) -> NonFiniteLossError:
         rows = self._data.name_rows(pending.row_ids)
         return NonFiniteLossError(
             f"step {pending.step}: the {name} became {value} on rows {rows}",
@@ -314,8 +336,22 @@ class Trainer:
             "time": self.elapsed_seconds,
         }
         self._screen.show_evaluation(gap, step=step, is_best=is_best, patience_left=self.stopping.patience_left)
+        if validation.expert_tokens is not None:
+            record["routing"] = self._judge_routing(step, validation.expert_tokens, is_best=is_best)
         self._screen.show_phase("training")
         return is_best
+
+    def _judge_routing(self, step: int, expert_tokens: IntArray, *, is_best: bool) -> dict[str, Any]:
+        """Says where the validation rows' tokens went; returns it for the record."""
+        num_tokens = sum(batch.num_real_tokens for batch in self._data.validation)
+        routing = Routing.measure(expert_tokens, num_tokens=num_tokens)
+        if step == 0 or self.progress.base_routing is None:
+            self.progress.base_routing = routing
+        report = RoutingReport(routing, base=self.progress.base_routing)
+        if is_best:
+            self.progress.best_routing = report.scalars
+        self._screen.show_routing(report, step=step)
+        return report.to_record()
 
     def _decide(self, step: int, gap: Gap) -> bool:
         self.progress.last_gap = gap
@@ -345,6 +381,7 @@ class Trainer:
         window, memory = self.progress.window, self.learner.memory()
         self.progress.peak_memory_bytes = max(self.progress.peak_memory_bytes, memory.peak_bytes)
         self.progress.window = Window()
+        aux_loss = {} if window.aux_sum is None else {"aux_loss": window.aux_sum / window.num_tokens}
         return {
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 4),
@@ -354,6 +391,7 @@ class Trainer:
             "tokens_per_second": window.num_tokens / window.seconds if window.seconds else None,
             "memory_gb": memory.current_bytes / 1e9,
             "time": self.elapsed_seconds,
+            **aux_loss,
         }
 
     def _checkpoint_once(self) -> None:
@@ -416,11 +454,3 @@ class Trainer:
                 "elapsed_seconds": self.elapsed_seconds,
             }
         )
-
-
-def _real_tokens(batch: Batch) -> int:
-    """Tokens of the batch without the padding: up to each row's last target, which ends every row worth training on."""
-    has_target = batch.targets != IGNORE
-    width = batch.targets.shape[1]
-    ends = width - np.argmax(has_target[:, ::-1], axis=1)
-    return int(ends[has_target.any(axis=1)].sum())

@@ -26,7 +26,8 @@ def summarize(
     """The content of `training_summary.json`.
 
     Losses and gap are those of the best adapter, the one in `adapters/`, in nats per target token; memory in GB (10^9
-    bytes); `num_target_tokens` counts every target that was trained on, once per pass.
+    bytes); `num_target_tokens` counts every target that was trained on, once per pass; `routing` has a mixture's
+    `core.routing.SCALARS` at the best step.
     """
     progress, gap = trainer.progress, trainer.progress.best_gap
     best_step = trainer.stopping.best_step or None
@@ -49,6 +50,7 @@ def summarize(
         "gap_low": gap.low if gap else None,
         "gap_high": gap.high if gap else None,
         "grade": gap.grade if gap else None,
+        "routing": progress.best_routing,
         "final_val_loss": progress.last_gap.val_loss if progress.last_gap else None,
         "final_gap": progress.last_gap.value if progress.last_gap else None,
         "num_train_rows": num_train_rows,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from core.protocols import IGNORE, Batch, MemoryStats, Replay, RowLosses, StepOutput, TrainState
+from core.protocols import IGNORE, Batch, MemoryStats, Replay, RowLosses, StepOutput, TrainState, Weight
 from core.seeding import generator, step_seed
 
 VOCAB = 16
@@ -82,6 +82,9 @@ class FakeLearner:
         self.momentum = np.array(state.optimizer.get(f"momentum/{NAME}", np.zeros_like(self.logits)), np.float32)
         self.steps = state.optimizer_steps
 
+    def weights(self) -> list[Weight]:
+        return [Weight(NAME, "float32", VOCAB, 4 * VOCAB)]
+
     def memory(self) -> MemoryStats:
         return MemoryStats(10**9, 2 * 10**9, 4 * 10**9)
 
@@ -142,5 +145,7 @@ class SilentScreen:
 
     def show_evaluation(self, gap: object, *, step: int, is_best: bool, patience_left: int | None) -> None:
         self.evaluations.append(step)
+
+    def show_routing(self, report: object, *, step: int) -> None: ...
 
     def show_phase(self, phase: str) -> None: ...

@@ -82,17 +82,12 @@ class CudaBackend:
         """Warnings for settings that have no effect here, each with field and value.
 
         Raises:
-            UserError: a package or a GPU that is not there, or a router to train.
+            UserError: a package or a GPU that is not there.
         """
         if missing := [package for package in NEEDED if package not in installed_packages()]:
             raise UserError(
                 f"the cuda backend needs {' and '.join(missing)}",
                 hint=f"pip install {' '.join(missing)}",
-            )
-        if config.moe.train_router:
-            raise UserError(
-                "moe.train_router: this version has no adapter for the router",
-                hint="set moe.train_router=false",
             )
         if config.model.bits == 4 and importlib.util.find_spec(QUANTISER) is None:
             raise UserError(

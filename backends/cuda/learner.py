@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -11,7 +12,10 @@ import torch
 
 from backends.cuda.loss import summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
+from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
 from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
+from backends.cuda.routers import RouterWatch
+from core.adapter import trains_router
 from core.config import RunConfig
 from core.errors import UserError
 from core.protocols import (
@@ -25,6 +29,7 @@ from core.protocols import (
     RowLosses,
     StepOutput,
     TrainState,
+    Weight,
 )
 from core.seeding import step_seed
 
@@ -56,6 +61,9 @@ class CudaLearner:
         self._optim = config.optim
         self._parameters = parameters
         self._optimizer = make_optimizer(self._parameters, config.optim, device=device)
+        self._routers = RouterWatch(model)
+        self._has_aux_loss = trains_router(name.rpartition(".")[0] for name in parameters)
+        self._aux_weight = config.moe.aux_loss_weight
         decoder: Any = model
         self._decoder, self._head = decoder.model, decoder.lm_head
         model.train()
@@ -76,40 +84,54 @@ class CudaLearner:
         """
         num_targets = sum(batch.num_targets for batch in microbatches)
         assert num_targets > 0, "a step without target tokens"
-        loss, norm = within_memory(
+        loss, aux_loss, norm = within_memory(
             lambda: self._accumulate(microbatches, step=step, num_targets=num_targets),
             device=self.device,
             doing=f"in a training step with {_extent(microbatches)}",
         )
         within_memory(lambda: self._optimizer.step(lr), device=self.device, doing="in the optimiser's update")
-        return StepOutput(loss=loss, grad_norm=norm, num_targets=num_targets)
+        return StepOutput(loss=loss, grad_norm=norm, num_targets=num_targets, aux_loss=aux_loss)
 
     def _accumulate(
         self, microbatches: Sequence[Batch], *, step: int, num_targets: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leaves the clipped gradient of the whole step in `.grad`; returns the loss and the norm before clipping."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Leaves the clipped gradient of the whole step in `.grad`.
+
+        Returns the loss, the load-balancing loss if there is one, and the norm before clipping.
+        """
         for parameter in self._parameters.values():
             parameter.grad = None
-        total = torch.zeros((), device=self.device)
+        total, aux_total = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        num_tokens = sum(batch.num_real_tokens for batch in microbatches)
         for index, batch in enumerate(microbatches):
             if batch.num_targets:
                 torch.manual_seed(step_seed(self._seed, step, index))
-                total += self._backward(batch)
+                share = batch.num_real_tokens / num_tokens
+                nll, aux_loss = self._backward(batch, aux_factor=self._aux_weight * share * num_targets)
+                total += nll
+                aux_total += share * aux_loss
         gradients = [gradient(parameter) for parameter in self._parameters.values()]
         # Divided here and not in the loss: with float16 the sum's gradients are less likely to vanish.
         torch._foreach_mul_(gradients, 1.0 / num_targets)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._optim.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._optim.max_grad_norm, norm)
-        return total / num_targets, norm
+        return total / num_targets, aux_total if self._has_aux_loss else None, norm
 
-    def _backward(self, batch: Batch) -> torch.Tensor:
-        """Adds the gradient of the batch's summed objective to `.grad`; returns its summed cross-entropy."""
+    def _backward(self, batch: Batch, *, aux_factor: float) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Adds the gradient of the batch's objective to `.grad`: summed cross-entropy + factor * load-balancing loss.
+
+        Returns the two losses, each without gradient and factor; 0 for the second where there is none.
+        """
         with self._autocast():
-            hidden, targets = self._at_targets(batch)
+            with self._routers.watching() if self._has_aux_loss else contextlib.nullcontext():
+                hidden, targets = self._at_targets(batch)
             objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+            aux_loss = self._routers.aux_loss(self._send(batch.is_token)) if self._has_aux_loss else 0.0
+        if aux_factor and self._has_aux_loss:
+            objective = objective + aux_factor * aux_loss
         objective.backward()
-        return nll
+        return nll, aux_loss.detach() if isinstance(aux_loss, torch.Tensor) else aux_loss
 
     def _at_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [N, hidden] and token ids [N] of the batch's N target positions."""
@@ -144,7 +166,13 @@ class CudaLearner:
             OutOfMemoryError: a batch did not fit.
         """
         with self.evaluating():
-            pending = [(batch, self._nll(batch)) for batch in batches]
+            counts_so_far: torch.Tensor | None = None
+            pending = []
+            for batch in batches:
+                losses, expert_tokens = self._nll(batch)
+                pending.append((batch, losses))
+                if expert_tokens is not None:
+                    counts_so_far = expert_tokens if counts_so_far is None else counts_so_far + expert_tokens
             # device-to-host synchronisation: once, here
             rows = [row_sums(batch, losses.cpu().numpy()) for batch, losses in pending]
         ids, nll, counts = zip(*rows, strict=True) if rows else ((), (), ())
@@ -152,6 +180,7 @@ class CudaLearner:
             row_ids=np.concatenate([np.empty(0, np.int64), *ids]),
             nll=np.concatenate([np.empty(0, np.float64), *nll]),
             num_targets=np.concatenate([np.empty(0, np.int64), *counts]),
+            expert_tokens=None if counts_so_far is None else counts_so_far.cpu().numpy(),
         )
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
@@ -183,15 +212,18 @@ class CudaLearner:
         finally:
             self.model.train()
 
-    def _nll(self, batch: Batch) -> torch.Tensor:
-        """float32 [N]: the cross-entropy of each target, in row order, on the device."""
+    def _nll(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """On the device: the cross-entropy of each target, float32 [N], in row order, and of a mixture the tokens that
+        each expert got, int64 [layers, experts]."""
         if batch.num_targets == 0:
-            return torch.empty(0)
-        return within_memory(
-            lambda: token_losses(self._head, *self._at_targets(batch)),
-            device=self.device,
-            doing=f"in an evaluation with {_extent([batch])}",
-        )
+            return torch.empty(0), None
+        with self._routers.watching():
+            losses = within_memory(
+                lambda: token_losses(self._head, *self._at_targets(batch)),
+                device=self.device,
+                doing=f"in an evaluation with {_extent([batch])}",
+            )
+        return losses, self._routers.expert_tokens(self._send(batch.is_token)) if self._routers else None
 
     # --- state
 
@@ -219,6 +251,10 @@ class CudaLearner:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(values[name])
 
+    def weights(self) -> list[Weight]:
+        """Every tensor of base and adapter, once; a packed one with its scales."""
+        return list(weights_of(self.model, self._parameters))
+
     def memory(self) -> MemoryStats:
         return memory_stats(self.device)
 
@@ -228,6 +264,27 @@ class CudaLearner:
             setattr(self, name, None)
         if self.device.type == GPU:
             torch.cuda.empty_cache()
+
+
+def weights_of(model: torch.nn.Module, adapter: Mapping[str, torch.nn.Parameter]) -> Iterator[Weight]:
+    """What model and adapter consist of; buffers that are computed and not learned are left out."""
+    for name, parameter in adapter.items():
+        yield Weight(name, _dtype(parameter), parameter.numel(), parameter.nbytes)
+    trained = {id(parameter) for parameter in adapter.values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in trained:
+            continue
+        if (state := getattr(parameter, "quant_state", None)) is None:
+            yield Weight(name, _dtype(parameter), parameter.numel(), parameter.nbytes)
+        else:
+            yield Weight(name, state.quant_type, math.prod(state.shape), parameter.nbytes + state_bytes(state))
+    for name, module in model.named_modules():
+        if isinstance(module, Nf4Matrix):
+            yield Weight(name, KIND, math.prod(module.shape), module.num_bytes)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def target_places(batch: Batch) -> IntArray:

@@ -15,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from backends.cuda.moe import attach_sparse, is_sparse
+from backends.cuda.streaming import load_packed
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter
-from core.architecture import Architecture, read_architecture
+from core.architecture import read_architecture
 from core.config import ModelConfig
 from core.errors import UserError
 from core.models.reference import original_of
@@ -87,12 +88,14 @@ def load_base(
             hint="use --backend mlx, or give the original model: --model " + (original_of(model.name) or "ORIGINAL"),
         )
     silence_libraries()
-    base, info = _read(model, _load_options(config, device, dtype))
-    _check_loaded(model, info, _misshapen_quantised(base))
+    if config.bits == 4 and architecture.is_moe:
+        base = load_packed(model, config, device=device, dtype=dtype, attention=ATTENTION)
+    else:
+        base, info = _read(model, _load_options(config, device, dtype))
+        _check_loaded(model, info, _misshapen_quantised(base))
     base.requires_grad_(False)
     if config.bits == 4:
         _keep_quantised_for_training(base)
-        _warn_of_unquantised_experts(base, architecture)
     return base
 
 
@@ -188,22 +191,6 @@ def _keep_quantised_for_training(base: PreTrainedModel) -> None:
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-def _warn_of_unquantised_experts(base: PreTrainedModel, architecture: Architecture) -> None:
-    if not architecture.is_moe:
-        return
-    experts = sum(p.nbytes for name, p in base.named_parameters() if ".experts." in name)
-    total = sum(p.nbytes for p in base.parameters())
-    log.warning(
-        "model.bits 4: bitsandbytes quantises linear layers only; the experts of this %s model stay in %d bits: "
-        "%.1f of its %.1f MB (%.0f %%)",
-        architecture.model_type,
-        8 * base.dtype.itemsize,
-        experts / 1e6,
-        total / 1e6,
-        100 * experts / total,
-    )
 
 
 def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:

@@ -7,11 +7,13 @@ is added up in a fixed order, so that the same batch gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from backends.cuda.experts import product, route
 from core.adapter import LORA_A, LORA_B, Adapter
 from core.architecture import EXPERTS, ROUTER
 from core.errors import UserError
@@ -84,7 +86,7 @@ class _Lora(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
-        return next(self.base.parameters()).device
+        return next(chain(self.base.parameters(), self.base.buffers())).device  # packed weights are buffers
 
     def add(self, name: str, pair: LoraPair) -> None:
         self.pairs[name] = pair
@@ -112,25 +114,12 @@ class LoraExperts(_Lora):
     """transformers' fused experts (`gate_up_proj`, `down_proj`) with LoRA on gate, up and down."""
 
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the chosen experts make of each token, weighted and added up.
-
-        Args:
-            hidden: [tokens, hidden]; index: int64 [tokens, k], the chosen experts; weights: [tokens, k].
-        """
+        """As `backends.cuda.experts.route`."""
         base: Any = self.base
-        num_tokens, k = index.shape
-        order = index.flatten().argsort(stable=True)  # tokens of the same expert side by side
-        # device-to-host synchronisation: the sizes of the experts' shares
-        counts = index.flatten().bincount(minlength=base.num_experts).tolist()
-        shares = hidden[order // k].split(counts)
-        found = torch.cat([self._expert(expert, share) for expert, share in enumerate(shares) if len(share)])
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        by_token = found[back].view(num_tokens, k, -1)
-        return (by_token * weights[..., None]).sum(dim=1).to(hidden.dtype)
+        return route(hidden, index, weights, num_experts=base.num_experts, apply=self._expert)
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         base: Any = self.base
-        gate, up = F.linear(x, base.gate_up_proj[expert]).chunk(2, dim=-1)
+        gate, up = product(base.gate_up_proj, expert, x).chunk(2, dim=-1)
         inner = base.act_fn(gate + self._delta(_GATE, x, expert)) * (up + self._delta(_UP, x, expert))
-        return F.linear(inner, base.down_proj[expert]) + self._delta(_DOWN, inner, expert)
+        return product(base.down_proj, expert, inner) + self._delta(_DOWN, inner, expert)

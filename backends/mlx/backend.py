@@ -44,11 +44,6 @@ class MlxBackend:
             return _unavailable(f"mlx does not work here: {type(error).__name__}: {error}")
 
     def check(self, config: RunConfig) -> Sequence[str]:
-        if config.moe.train_router:
-            raise UserError(
-                "moe.train_router: this version has no adapter for the router",
-                hint="set moe.train_router=false",
-            )
         device = _choose_device(config.device)
         warnings_: list[str] = []
         if config.optim.state_bits == 8:

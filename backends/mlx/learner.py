@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses, token_replay
+from backends.mlx.loss import Selection, balancing_loss, select_targets, summed_loss, token_losses, token_replay
 from backends.mlx.memory import MemoryMeter, translate_out_of_memory
 from backends.mlx.model import Network
 from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
+from core.adapter import trains_router
 from core.config import RunConfig
 from core.errors import UserError
 from core.optimizer_state import dequantised
@@ -29,10 +31,14 @@ from core.protocols import (
     StepOutput,
     Tensors,
     TrainState,
+    Weight,
 )
 from core.seeding import step_seed
 
 Parameters = dict[str, mx.array]
+Sums = tuple[mx.array, ...]
+"""Scalars of a step, summed over its micro-batches: the cross-entropy and, with an adapter on a router, the
+load-balancing loss times the share of the step's tokens."""
 
 
 class MlxLearner:
@@ -60,6 +66,8 @@ class MlxLearner:
         self._seed = config.train.seed
         self._max_grad_norm = config.optim.max_grad_norm
         self._label_smoothing = config.optim.label_smoothing
+        self._has_aux_loss = trains_router(name.rpartition(".")[0] for name in parameters)
+        self._aux_weight = config.moe.aux_loss_weight
         self._optimizer = make_optimizer(config.optim)
         self._slots = initial_slots(self._optimizer, parameters)
         self._optimizer_steps = 0
@@ -80,45 +88,58 @@ class MlxLearner:
         num_targets = sum(selection.num_targets for selection in selections)
         assert num_targets > 0, "a step without a target token"
         with translate_out_of_memory(f"a training step of {_shapes(microbatches)}"):
-            loss: mx.array | None = None
+            sums: Sums | None = None
             total: Parameters | None = None
+            num_tokens = sum(batch.num_real_tokens for batch in microbatches)
             for index, (batch, selection) in enumerate(zip(microbatches, selections, strict=True)):
                 if selection.num_targets == 0:
                     continue
                 key = mx.random.key(step_seed(self._seed, step, index))
                 arrays = _device_arrays(batch, selection)
-                loss, total = self._gradients(self.parameters, loss, total, key, *arrays)
-                mx.async_eval(loss, total)
-            assert loss is not None and total is not None
-            return self._apply(loss, total, num_targets=num_targets, lr=lr)
+                aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
+                sums, total = self._gradients(self.parameters, sums, total, key, aux, *arrays)
+                mx.async_eval(sums, total)
+            assert sums is not None and total is not None
+            return self._apply(sums, total, num_targets=num_targets, lr=lr)
 
-    def _apply(self, loss: mx.array, total: Parameters, *, num_targets: int, lr: float) -> StepOutput:
+    def _aux_arrays(self, batch: Batch, share: float, num_targets: int) -> tuple[mx.array, mx.array, mx.array] | None:
+        """What the load-balancing loss needs of a micro-batch: tokens float32 [B, T], 0 for padding; the share of the
+        step's tokens that are in it; and the factor in the objective, which is summed over the step's targets."""
+        if not self._has_aux_loss:
+            return None
+        factor = self._aux_weight * share * num_targets
+        return mx.array(batch.is_token.astype(np.float32)), mx.array(share), mx.array(factor)
+
+    def _apply(self, sums: Sums, total: Parameters, *, num_targets: int, lr: float) -> StepOutput:
         steps = self._optimizer_steps + 1
         coefficients = mx.array(self._optimizer.coefficients(lr, steps), mx.float32)
         mean, norm, parameters, slots = self._update(
-            self.parameters, self._slots, total, loss, mx.array(1.0 / num_targets), coefficients
+            self.parameters, self._slots, total, sums[0], mx.array(1.0 / num_targets), coefficients
         )
         mx.async_eval(mean, norm, parameters, slots)
         self.parameters, self._slots, self._optimizer_steps = parameters, slots, steps
-        return StepOutput(loss=_Scalar(mean), grad_norm=_Scalar(norm), num_targets=num_targets)
+        aux_loss = _Scalar(sums[1]) if len(sums) > 1 else None
+        return StepOutput(loss=_Scalar(mean), grad_norm=_Scalar(norm), num_targets=num_targets, aux_loss=aux_loss)
 
     def _gradients_of_microbatch(
         self,
         parameters: Parameters,
-        loss_so_far: mx.array | None,
+        sums_so_far: Sums | None,
         total_so_far: Parameters | None,
         key: mx.array,
+        aux: tuple[mx.array, mx.array, mx.array] | None,
         tokens: mx.array,
         position: mx.array,
         target: mx.array,
         weight: mx.array,
-    ) -> tuple[mx.array, Parameters]:
-        """Adds a micro-batch's summed cross-entropy and the gradient of its summed objective to those so far."""
+    ) -> tuple[Sums, Parameters]:
+        """Adds a micro-batch's losses and the gradient of its summed objective to those so far."""
         keys = self.network.dropout_keys(key)
 
-        def objective(parameters: Parameters) -> tuple[mx.array, mx.array]:
-            hidden = self.network.hidden_states(parameters, tokens, keys=keys, training=True)
-            return summed_loss(
+        def objective(parameters: Parameters) -> tuple[mx.array, Sums]:
+            is_token, share, factor = aux or (None, None, None)
+            hidden, routed = self.network.routed_states(parameters, tokens, is_token=is_token, keys=keys, training=True)
+            carrier, loss = summed_loss(
                 self.network.project,
                 hidden,
                 position,
@@ -126,11 +147,18 @@ class MlxLearner:
                 weight,
                 label_smoothing=self._label_smoothing,
             )
+            if is_token is None:
+                return carrier, (loss,)
+            aux_loss = balancing_loss(routed, is_token.sum())
+            if self._aux_weight:
+                carrier = carrier + factor * aux_loss
+            return carrier, (loss, share * mx.stop_gradient(aux_loss))
 
-        (_, loss), gradients = mx.value_and_grad(objective)(parameters)
-        if loss_so_far is None or total_so_far is None:
-            return loss, gradients
-        return loss_so_far + loss, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
+        (_, sums), gradients = mx.value_and_grad(objective)(parameters)
+        if sums_so_far is None or total_so_far is None:
+            return sums, gradients
+        sums = tuple(before + own for before, own in zip(sums_so_far, sums, strict=True))
+        return sums, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
 
     def _updated(
         self,
@@ -159,13 +187,15 @@ class MlxLearner:
 
     def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
         parts: list[RowLosses] = []
+        counts: mx.array | None = None
         waiting: tuple[Batch, Selection, mx.array] | None = None
         for batch in batches:
             selection = select_targets(batch)
             with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
                 tokens, position, target, _ = _device_arrays(batch, selection)
-                losses = self._losses(self.parameters, tokens, position, target)
-                mx.async_eval(losses)
+                is_token = mx.array(batch.is_token.astype(np.int32)) if self.network.is_mixture else None
+                losses, counts = self._losses(self.parameters, counts, tokens, position, target, is_token)
+                mx.async_eval(losses, counts)
                 # Read one batch behind, so that the device computes while the host sums.
                 if waiting is not None:
                     parts.append(_per_row(*waiting))
@@ -173,7 +203,7 @@ class MlxLearner:
         if waiting is not None:
             with translate_out_of_memory("an evaluation"):
                 parts.append(_per_row(*waiting))
-        return _joined(parts)
+        return replace(_joined(parts), expert_tokens=None if counts is None else np.array(counts).astype(np.int64))
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
         """Waits for the device at every batch: it is for a few rows."""
@@ -192,10 +222,21 @@ class MlxLearner:
         return nll, greedy
 
     def _losses_of_batch(
-        self, parameters: Parameters, tokens: mx.array, position: mx.array, target: mx.array
-    ) -> mx.array:
-        hidden = self.network.hidden_states(parameters, tokens)
-        return token_losses(self.network.project, hidden, position, target)
+        self,
+        parameters: Parameters,
+        counts_so_far: mx.array | None,
+        tokens: mx.array,
+        position: mx.array,
+        target: mx.array,
+        is_token: mx.array | None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """The loss of each target, and of a mixture the tokens of each expert, int32 [layers, experts], so far."""
+        hidden, routed = self.network.routed_states(parameters, tokens, is_token=is_token)
+        losses = token_losses(self.network.project, hidden, position, target)
+        if not routed:
+            return losses, None
+        counts = mx.stack([counts for counts, _ in routed])
+        return losses, counts if counts_so_far is None else counts_so_far + counts
 
     # -- state
 
@@ -224,6 +265,14 @@ class MlxLearner:
         mx.eval(parameters, fresh)
         self.parameters, self._slots = parameters, fresh
         self._optimizer_steps = state.optimizer_steps
+
+    def weights(self) -> list[Weight]:
+        """Every tensor of base and adapter, once; a packed one with its scales."""
+        adapter = [
+            Weight(name, str(array.dtype).removeprefix("mlx.core."), array.size, array.nbytes)
+            for name, array in self.parameters.items()
+        ]
+        return [*self.network.base_weights(), *adapter]
 
     def memory(self) -> MemoryStats:
         return self._meter.read()

@@ -7,7 +7,7 @@ states first; the output projection and the float32 log-softmax see nothing else
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -119,6 +119,19 @@ def token_replay(project: Project, hidden: mx.array, position: mx.array, target:
         losses.append(log_total - _picked(logits, ids))
         greedy.append(mx.argmax(logits, axis=-1))
     return mx.concatenate(losses), mx.concatenate(greedy)
+
+
+def balancing_loss(routed: Sequence[tuple[mx.array, mx.array]], num_tokens: mx.array) -> mx.array:
+    """`core.protocols.StepOutput.aux_loss` of a micro-batch, a float32 scalar with its gradient.
+
+    Args:
+        routed: for each layer how often each expert was chosen, and the router probabilities summed: [experts] both.
+        num_tokens: float32 scalar: tokens of the micro-batch, padding left out.
+    """
+    chosen = mx.stop_gradient(mx.stack([counts for counts, _ in routed]).sum(axis=0))
+    probabilities = mx.stack([sums for _, sums in routed]).sum(axis=0)
+    total = num_tokens * len(routed)
+    return len(chosen) * (chosen / total * (probabilities / total)).sum()
 
 
 def _flatten(hidden: mx.array) -> mx.array:

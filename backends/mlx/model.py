@@ -23,6 +23,7 @@ from core.adapter import HEAD, LORA_A, LORA_B, Adapter, split_name
 from core.adapter_mlx import module_name
 from core.architecture import Architecture, read_architecture
 from core.errors import UserError
+from core.protocols import Weight
 
 if TYPE_CHECKING:
     from core.models import ResolvedModel
@@ -37,6 +38,9 @@ _DEFAULT_THETA = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}
 """transformers' defaults, by model_type."""
 
 Arrays = Mapping[str, mx.array]
+Routed = tuple[mx.array, mx.array]
+"""Of one router: [experts] how many tokens each expert got, and float32 [experts] router probabilities summed over the
+tokens; padding left out of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +367,29 @@ class Network:
         self._dropout = adapter.dropout > 0.0
         self._checkpoint = checkpoint
 
+    def base_weights(self) -> list[Weight]:
+        """The tensors of the base model; a quantised one with its scales and biases."""
+        found = []
+        for path, module in self._base.module.named_modules():
+            own = {name: array for name, array in module.items() if isinstance(array, mx.array)}
+            own = {name: array for name, array in own.items() if not name.startswith(("lora_", "_"))}
+            name = path.removesuffix(".linear")  # within a LoRA layer
+            if "scales" in own:
+                parameters = own["scales"].size * int(module.group_size)
+                num_bytes = sum(own.pop(part).nbytes for part in ("weight", "scales", "biases") if part in own)
+                found.append(Weight(f"{name}.weight", f"affine {module.bits}-bit", parameters, num_bytes))
+            for leaf, array in own.items():
+                dtype = str(array.dtype).removeprefix("mlx.core.")
+                found.append(Weight(f"{name}.{leaf}", dtype, array.size, array.nbytes))
+        return found
+
     def dropout_keys(self, key: mx.array) -> mx.array | None:
         """A key per adapted module, uint32 [modules, 2]."""
         return mx.random.split(key, len(self._slots)) if self._dropout else None
+
+    @property
+    def is_mixture(self) -> bool:
+        return hasattr(self._base.module.layers[0], "block_sparse_moe")
 
     def hidden_states(
         self,
@@ -376,10 +400,24 @@ class Network:
         cache: Sequence[Any] | None = None,
         training: bool = False,
     ) -> mx.array:
-        """Hidden states [B, T, D] after the final norm.
+        """Hidden states [B, T, D] after the final norm; for the arguments see `routed_states`."""
+        return self.routed_states(parameters, tokens, keys=keys, cache=cache, training=training)[0]
+
+    def routed_states(
+        self,
+        parameters: Arrays,
+        tokens: mx.array,
+        *,
+        is_token: mx.array | None = None,
+        keys: mx.array | None = None,
+        cache: Sequence[Any] | None = None,
+        training: bool = False,
+    ) -> tuple[mx.array, list[Routed]]:
+        """Hidden states [B, T, D] after the final norm, and what each layer's router did, when `is_token` is given.
 
         Args:
             tokens: int32 [B, T]; padding on the right needs no mask, since attention is causal.
+            is_token: [B, T] of a number type, 0 for padding: the routers of a mixture are to be watched.
             keys: from `dropout_keys`; None for no dropout.
             cache: one key-value cache per layer, when generating.
             training: recompute the layers in the backward pass if the network was made so.
@@ -390,13 +428,16 @@ class Network:
         hidden = model.embed_tokens(tokens)
         caches = cache or [None] * len(model.layers)
         mask = create_attention_mask(hidden, caches[0], window_size=self._base.window)
+        routed: list[Routed] = []
         for layer, slots, layer_cache in zip(model.layers, self._by_layer, caches, strict=True):
             own = {name: parameters[name] for slot in slots for name in slot.names}
-            run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys)
+            run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys, is_token)
             # Below the first adapter nothing is kept for the backward pass anyway.
             recompute = training and self._checkpoint and slots
-            hidden = (mx.checkpoint(run) if recompute else run)(own, hidden)
-        return model.norm(hidden)
+            hidden, *found = (mx.checkpoint(run) if recompute else run)(own, hidden)
+            if is_token is not None:
+                routed.append((found[0], found[1]))
+        return model.norm(hidden), routed
 
     def project(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], in the compute type."""
@@ -418,10 +459,39 @@ def _run_layer(
     mask: mx.array | str | None,
     cache: Any,
     keys: mx.array | None,
+    is_token: mx.array | None,
     parameters: Arrays,
     hidden: mx.array,
-) -> mx.array:
+) -> tuple[mx.array, ...]:
     """One decoder layer as a function of its adapter and its input: the last two are what `mx.checkpoint` keeps."""
     for slot in slots:
         slot.place(parameters, keys)
-    return layer(hidden, mask, cache=cache)
+    if is_token is None:
+        return (layer(hidden, mask, cache=cache),)
+    return _run_watched(layer, mask, cache, is_token, hidden)
+
+
+def _run_watched(
+    layer: nn.Module, mask: mx.array | str | None, cache: Any, is_token: mx.array, hidden: mx.array
+) -> tuple[mx.array, ...]:
+    """mlx-lm's `MixtralDecoderLayer`, and `Routed` of its router, whose logits mlx-lm keeps to itself.
+
+    They are computed a second time here: hidden size x experts multiplications a token, of which an expert needs
+    thousands of times as many.
+    """
+    attended = hidden + layer.self_attn(layer.input_layernorm(hidden), mask, cache)
+    states = layer.post_attention_layernorm(attended)
+    block = layer.block_sparse_moe
+    counts, probabilities = watched_router(block.gate(states), is_token, k=block.num_experts_per_tok)
+    return attended + block(states), counts, probabilities
+
+
+def watched_router(logits: mx.array, is_token: mx.array, *, k: int) -> Routed:
+    """What a router with the logits [B, T, experts] does with the tokens: see `Routed`."""
+    num_experts = logits.shape[-1]
+    # as mlx-lm chooses, so that equal logits fall the same way
+    chosen = mx.stop_gradient(mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k])
+    times = (chosen[..., None] == mx.arange(num_experts)).sum(axis=-2)
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
+    real = is_token[..., None]
+    return (times * real).sum(axis=(0, 1)), (probabilities * real).sum(axis=(0, 1))

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import backends
-from core.adapter import Adapter, plan_adapter
+from core.adapter import Adapter, plan_adapter, trains_router
 from core.architecture import Architecture, read_architecture
-from core.config import RunConfig, to_plain
+from core.census import census, refuse_wide
+from core.config import MoeConfig, RunConfig, to_plain
 from core.errors import UserError
 from core.init_adapter import read_init_adapter
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
@@ -48,6 +49,7 @@ class Job:
             del bound[free]
         del bound["model"]["path"], bound["data"]["path"], bound["lora"]["init_adapter"]
         bound["model"]["revision"] = None  # like the path: where the model is
+        del bound["model"]["cache_packed"]
         identity = {
             "model": model_fingerprint(self.model.path),
             "data": self.data.fingerprint,
@@ -78,7 +80,7 @@ def prepare(
     config = _with_model(config, model, choose_bits=choose_bits)
     architecture = read_architecture(model.path)
     config, adapter = _first_adapter(config, model, architecture, sources=sources or {}, folder=init_adapter)
-    for warning in [*_warnings(config, architecture), *backend.check(config)]:
+    for warning in [*_warnings(config, architecture, adapter), *backend.check(config)]:
         _log.warning(warning)
     data = load_rows(config, model, architecture)
     return Job(config, backend, device, model, architecture, adapter, data)
@@ -94,7 +96,8 @@ def _first_adapter(
 ) -> tuple[RunConfig, Adapter]:
     """The adapter to start from: drawn, or read; and the settings that say what it is."""
     if config.lora.init_adapter is None:
-        return config, plan_adapter(config.lora, architecture, seed=config.train.seed)
+        router = config.moe.train_router
+        return config, plan_adapter(config.lora, architecture, seed=config.train.seed, router=router)
     folder = folder or Path(config.lora.init_adapter)
     init = read_init_adapter(folder, config.lora, architecture, model=model.name, sources=sources)
     for note in init.notes:
@@ -141,17 +144,14 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
     return config.model_copy(update=values)
 
 
-def _warnings(config: RunConfig, architecture: Architecture) -> Iterator[str]:
+def _warnings(config: RunConfig, architecture: Architecture, adapter: Adapter) -> Iterator[str]:
     """Settings that have no effect on any backend, in this combination."""
     if config.log.trackers:
         raise UserError(
             f"log.trackers: {', '.join(config.log.trackers)}: this version has no trackers",
             hint="remove the setting; metrics.jsonl in the run folder holds every record",
         )
-    if config.moe.train_router:
-        yield "moe.train_router has no effect: this version has no adapters for routers"
-    if architecture.is_moe and config.moe.aux_loss_weight:
-        yield "moe.aux_loss_weight has no effect: the router is frozen"
+    yield from _router_warnings(config, architecture, adapter)
     if architecture.max_positions and config.data.max_tokens > architecture.max_positions:
         yield (
             f"data.max_tokens {config.data.max_tokens} is more than the "
@@ -162,6 +162,18 @@ def _warnings(config: RunConfig, architecture: Architecture) -> Iterator[str]:
         yield "schedule.min_lr has no effect with schedule.name constant"
     if config.optim.name != "sgd" and config.optim.momentum:
         yield f"optim.momentum has no effect with optim.name {config.optim.name}"
+
+
+def _router_warnings(config: RunConfig, architecture: Architecture, adapter: Adapter) -> Iterator[str]:
+    if trains_router(adapter.modules):
+        return
+    why = "the router is frozen" if architecture.is_moe else f"this {architecture.model_type} model has no router"
+    if config.moe.train_router:
+        without = "the initial adapter has none for the router" if architecture.is_moe else why
+        yield f"moe.train_router true has no effect: {without}"
+    weight = config.moe.aux_loss_weight
+    if weight not in (0.0, MoeConfig().aux_loss_weight):  # the default is nobody's wish, and 0 is what happens
+        yield f"moe.aux_loss_weight {weight:g} has no effect: {why}"
 
 
 def load_rows(
@@ -190,6 +202,7 @@ def opened(job: Job) -> Iterator[Learner]:
     _log.info("loading %s", job.model.name)
     learner = job.backend.open(job.config, job.model, job.adapter)
     try:
+        refuse_wide(census(learner.weights()), bits=job.config.model.bits)
         yield learner
     finally:
         learner.close()

@@ -107,7 +107,8 @@ def resolved(folder: Path) -> ResolvedModel:
 
 def make_adapter(folder: Path, config: RunConfig, *, filled: bool = True) -> Adapter:
     """The planned adapter; `filled` also gives B values, so that every tensor matters from the first step."""
-    adapter = plan_adapter(config.lora, read_architecture(folder), seed=config.train.seed)
+    router = config.moe.train_router
+    adapter = plan_adapter(config.lora, read_architecture(folder), seed=config.train.seed, router=router)
     if not filled:
         return adapter
     rng = np.random.default_rng(7)

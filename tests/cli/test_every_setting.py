@@ -95,8 +95,8 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "guard.confidence": "0.5",
     "checkpoint.every": "1",
     "checkpoint.keep": ("1", ("checkpoint.every=1",)),
-    "moe.aux_loss_weight": ("0", ("model.path=./moe",)),
-    "moe.train_router": "true",
+    "moe.aux_loss_weight": ("0", ("model.path=./moe", "moe.train_router=true")),
+    "moe.train_router": ("true", ("model.path=./moe",)),
     "log.every": "1",
     "log.trackers": "[wandb]",
 }

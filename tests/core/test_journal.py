@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from core.journal import CSV_EXPORT, FIELDS, JOURNAL, JSON_EXPORT, Journal, read_records
+from core.journal import COLUMNS, CSV_EXPORT, JOURNAL, JSON_EXPORT, Journal, read_records
 
 
 def record(step: int, **values: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def read_all(folder: Path) -> tuple[list[Any], list[Any], list[dict[str, str]]]:
     with open(folder / CSV_EXPORT, newline="") as file:
         reader = csv.DictReader(file)
         table = list(reader)
-    assert reader.fieldnames == list(FIELDS)
+    assert reader.fieldnames == list(COLUMNS)
     assert all(None not in row and None not in row.values() for row in table)
     return [json.loads(line) for line in journal.splitlines()], array, table
 
@@ -39,7 +39,7 @@ def assert_holds(folder: Path, records: list[dict[str, Any]]) -> None:
     assert journal == array == records
     assert len(table) == len(records)
     for row, expected in zip(table, records, strict=True):
-        for name in FIELDS:
+        for name in COLUMNS:
             value = expected.get(name)
             assert row[name] == ("" if value is None else str(value))
 

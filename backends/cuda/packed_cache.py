@@ -1,0 +1,162 @@
+"""Packed 4-bit weights on disk, so that the second start reads a quarter of the bytes and packs nothing.
+
+One folder for each (model files, compute type): a safetensors file for each layer with the packed bytes and scales in
+bitsandbytes' names, and a manifest with their SHA-256. It appears in one step when it is whole; one that does not match
+its manifest is removed and made again, never used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends.cuda.nf4 import BLOCK, Nf4Matrix
+from core.files import read_json, sha256_of, to_json, write_atomic
+from core.models.fingerprint import model_fingerprint
+from core.models.wheel import cache_folder
+
+log = logging.getLogger("twinkeel")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_PART = "|"
+"""Between the name of a matrix and the name of what belongs to it; in no tensor's name."""
+_AIR = 1.2
+"""The disk must have more room than the packed weights need by this factor."""
+
+
+def open_cache(model: Path, dtype: torch.dtype, *, num_bytes: int) -> PackedCache | None:
+    """The place for a model's packed weights, `num_bytes` of them; None, with a line, when the disk has no room."""
+    folder = cache_folder() / "nf4" / _key(model, dtype)
+    cache = PackedCache(folder)
+    needed = _AIR * num_bytes
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free
+    except OSError as error:
+        log.info("4-bit weights are not kept: %s can't be written (%s)", folder.parent, error.strerror)
+        return None
+    if not folder.exists() and free < needed:
+        log.info(
+            "4-bit weights are not kept: %s has %.0f GB free, %.0f are needed", folder.parent, free / 1e9, needed / 1e9
+        )
+        return None
+    return cache
+
+
+def _key(model: Path, dtype: torch.dtype) -> str:
+    digest = hashlib.sha256(f"{FORMAT} nf4 {BLOCK} double {dtype} {model_fingerprint(model)}".encode())
+    for path in sorted(model.glob("*.safetensors")):  # the fingerprint does not see a change within a file
+        digest.update(f"{path.name} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedCache:
+    folder: Path
+
+    def is_whole(self) -> bool:
+        """Whether every file is there with its checksum; removes a folder that is damaged."""
+        if not self.folder.exists():
+            return False
+        manifest = read_json(self.folder / MANIFEST)
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        if isinstance(files, dict) and files and manifest.get("format") == FORMAT:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # hashing leaves the interpreter alone
+                if all(pool.map(lambda item: _has(self.folder / item[0], item[1]), files.items())):
+                    return True
+        log.warning("%s: damaged; packing the weights again", self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return False
+
+    def read(self, piece: str, device: torch.device) -> dict[str, torch.Tensor | Nf4Matrix]:
+        """What `Draft.write` was given, on the device."""
+        from safetensors.torch import load_file
+
+        plain: dict[str, torch.Tensor | Nf4Matrix] = {}
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in load_file(self.folder / f"{piece}.safetensors").items():
+            name, is_part, part = key.partition(_PART)
+            if is_part:
+                parts.setdefault(name, {})[part] = tensor
+            else:
+                plain[name] = tensor.to(device)
+        packed = {name: Nf4Matrix.restore(tensors, device) for name, tensors in parts.items()}
+        # experts are numbered: 10 comes after 9
+        return plain | dict(sorted(packed.items(), key=lambda item: _natural(item[0])))
+
+    @contextmanager
+    def writing(self) -> Iterator[Draft]:
+        """A draft that becomes the cache when the context ends well. A full disk costs the cache, not the run."""
+        scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
+        draft = Draft(scratch)
+        try:
+            yield draft
+            if draft.finish():
+                # another process may have been quicker: then theirs is as good
+                if not self.folder.exists():
+                    scratch.replace(self.folder)
+                log.info("4-bit weights kept in %s", self.folder)
+        except OSError as error:
+            log.warning("4-bit weights are not kept: %s", error)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Draft:
+    """A cache in the making."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, dict[str, Any]] = {}
+        self._failed = False
+
+    def write(self, piece: str, values: Mapping[str, torch.Tensor | Nf4Matrix]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        if self._failed:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in values.items():
+            if isinstance(value, Nf4Matrix):
+                # the maps of levels are shared by all matrices; a file holds no shared tensors
+                tensors |= {f"{name}{_PART}{part}": t.cpu().contiguous().clone() for part, t in value.saved().items()}
+            else:
+                tensors[name] = value.cpu().contiguous()
+        path = self._folder / f"{piece}.safetensors"
+        try:
+            save_file(tensors, path)
+            self._files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        except (OSError, SafetensorError) as error:
+            log.warning("4-bit weights are not kept: %s", error)
+            self._failed = True
+
+    def finish(self) -> bool:
+        if self._failed:
+            return False
+        self._folder.chmod(0o755)
+        write_atomic(self._folder / MANIFEST, to_json({"format": FORMAT, "files": self._files}))
+        return True
+
+
+def _has(path: Path, expected: Mapping[str, Any]) -> bool:
+    try:
+        return path.stat().st_size == expected["bytes"] and sha256_of(path) == expected["sha256"]
+    except (OSError, KeyError, TypeError):
+        return False
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
