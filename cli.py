@@ -10,6 +10,7 @@ from typing import Any
 
 USER_ERROR = 2
 INTERRUPTED = 130
+PARITY_STEPS = 20
 
 # flag, setting, type, help
 _FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
@@ -106,7 +107,9 @@ def parity(args: argparse.Namespace) -> int:
 
     match args.what:
         case ["compare", one, other]:
-            if given := [flag for flag in _given(args) if flag != "--output"]:
+            given = [flag for flag in _given(args) if flag != "--output"]
+            given += ["--steps"] * (args.steps is not None) + ["--skip-4bit"] * args.skip_4bit
+            if given:
                 raise UserError(f"parity compare has its settings in the records; {', '.join(given)} has no effect")
             from core.parity_run import compare_folders
 
@@ -115,7 +118,7 @@ def parity(args: argparse.Namespace) -> int:
             settings = _settings(args)
             from core.workflow.parity import record_parity
 
-            return record_parity(settings, steps=args.steps, four_bits=not args.skip_4bit, console=make_console())
+            return record_parity(settings, steps=_steps(args), four_bits=not args.skip_4bit, console=make_console())
         case []:
             return _parity_of_both(args)
     raise UserError(
@@ -139,13 +142,17 @@ def _parity_of_both(args: argparse.Namespace) -> int:
     reports = [backends.get(name).probe(settings.config.device) for name in backends.names()]
     return run_parity(
         settings,
-        steps=args.steps,
+        steps=_steps(args),
         four_bits=not args.skip_4bit,
         problems={report.backend: "" if report.available else report.problem or "not installed" for report in reports},
         command=(sys.executable, os.path.abspath(__file__)),
         typed=_typed(args),
         console=make_console(),
     )
+
+
+def _steps(args: argparse.Namespace) -> int:
+    return PARITY_STEPS if args.steps is None else int(args.steps)
 
 
 def config_show(args: argparse.Namespace) -> int:
@@ -236,7 +243,7 @@ def _add_parity(commands: Any) -> None:
         "what", nargs="*", help="nothing: both sides, here; `record`: one side; `compare A B`: two records"
     )
     _add_settings(command)
-    command.add_argument("--steps", type=_count, default=20, help="optimiser steps (default: 20)")
+    command.add_argument("--steps", type=_count, help=f"optimiser steps (default: {PARITY_STEPS})")
     command.add_argument("--skip-4bit", action="store_true", help="leave out what 4-bit weights cost")
     command.set_defaults(run_command=parity)
 

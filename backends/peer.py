@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,10 @@ import numpy as np
 from core.adapter_files import Form
 from core.convert import LIBRARIES, PeerLogits
 from core.errors import UserError
+from core.float32 import WHOLE_FLOAT32
 from core.protocols import IGNORE, Batch
 
+_MARK = "peer error: "
 _ROOT = Path(__file__).resolve().parent.parent
 BACKENDS: Mapping[Form, str] = {"peft": "cuda", "mlx": "mlx"}
 """Whose packages run an adapter of a form."""
@@ -60,17 +63,31 @@ def peer_logits(
             "dtype": dtype,
         }
         done = subprocess.run(
-            [sys.executable, "-m", __name__, json.dumps(job)], cwd=_ROOT, capture_output=True, text=True, check=False
+            [sys.executable, "-m", __name__, json.dumps(job)],
+            cwd=_ROOT,
+            env=os.environ | WHOLE_FLOAT32,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-            raise UserError(
-                f"{' or '.join(map(str, adapters))}: {LIBRARIES[form]} can't run it: {last[0]}",
-                hint="check that the base model is the one that the adapter was made for",
-            )
+            raise _failure(form, done)
         with np.load(out) as found:
             ends = [[found[f"{end}.{batch}"] for batch in range(len(batches))] for end in range(len(adapters) + 1)]
         return [PeerLogits(ends[0], adapted) for adapted in ends[1:]]
+
+
+def _failure(form: Form, done: subprocess.CompletedProcess[str]) -> UserError:
+    if done.returncode < 0:
+        return UserError(
+            f"{LIBRARIES[form]} was stopped while it ran the base model (signal {-done.returncode})",
+            hint="most likely memory ran out; convert on a larger machine",
+        )
+    said = [line.removeprefix(_MARK) for line in done.stderr.splitlines() if line.startswith(_MARK)]
+    return UserError(
+        f"{LIBRARIES[form]} can't run {said[0] if said else f'the model: exit code {done.returncode}'}",
+        hint="check that the base model is the one that the adapter was made for",
+    )
 
 
 def main(argument: str) -> None:
@@ -83,9 +100,14 @@ def main(argument: str) -> None:
         places = [np.nonzero(rows[f"targets.{index}"] != IGNORE) for index in range(count)]
     found = {}
     for end, adapter in enumerate([None, *job["adapters"]]):
-        module = library.load(Path(job["model"]), adapter, dtype=job["dtype"])
-        for index, (one, (row, column)) in enumerate(zip(library.logits(module, inputs), places, strict=True)):
-            found[f"{end}.{index}"] = one[row, column]
+        try:
+            module = library.load(Path(job["model"]), adapter, dtype=job["dtype"])
+            for index, (one, (row, column)) in enumerate(zip(library.logits(module, inputs), places, strict=True)):
+                found[f"{end}.{index}"] = one[row, column]
+        except Exception as error:  # whatever a library thinks of a folder that is not its own
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            print(f"{_MARK}{adapter or job['model']}: {reason}", file=sys.stderr)
+            sys.exit(1)
         del module
     np.savez(job["out"], allow_pickle=False, **found)
 

@@ -8,13 +8,13 @@ smaller ranks are filled up with zeros and other scales go into `lora_b`, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from core.adapter import Adapter
+from core.adapter import Adapter, split_name
 from core.adapter_parts import Part, assemble
 from core.architecture import EXPERTS, ROUTER, Architecture
 from core.errors import UserError
@@ -85,7 +85,8 @@ def config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _scale(adapter: Adapter) -> float:
-    return adapter.scale_of(next(iter(adapter.modules)))
+    """The one scale of all modules: of the first that has one."""
+    return next((scale for name in adapter.modules if (scale := adapter.scale_of(name))), 1.0)
 
 
 def _filled(matrix: Array, rank: int, *, axis: int) -> Array:
@@ -117,8 +118,10 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], architecture: Arc
     if not isinstance(lora, dict) or not isinstance(lora.get("scale"), int | float):
         raise UserError(f"{where}: adapter_config.json has no lora_parameters.scale", hint="copy the adapter again")
     scale, rank = float(lora["scale"]), lora.get("rank")
+    pairs = _pairs(tensors, where)
+    _refuse_untargeted(raw, lora.get("keys"), pairs, architecture.num_layers, where)
     parts = []
-    for name, (a, b) in _pairs(tensors, where).items():
+    for name, (a, b) in pairs.items():
         if a.ndim == 2:
             a, b = a.T, b.T
         if a.shape[-2] != rank:
@@ -128,6 +131,26 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], architecture: Arc
             )
         parts.append(Part(_our_name(name), a, b, a.shape[-2], scale * a.shape[-2]))
     return assemble(parts, architecture, dropout=float(lora.get("dropout") or 0.0), rslora=False, where=where)
+
+
+def _refuse_untargeted(
+    raw: Mapping[str, Any], keys: Collection[str] | None, modules: Iterable[str], num_layers: int, where: str
+) -> None:
+    """mlx-lm puts LoRA where its configuration says and passes over other tensors of the file, without a word."""
+    count = raw.get("num_layers")
+    # both 0 and negative numbers mean all layers to it
+    first = num_layers - count if isinstance(count, int) and count > 0 else 0
+    for name in sorted(modules):
+        if keys is not None and name in keys:
+            continue
+        layer, key = split_name(name) if name.startswith("model.layers.") else (num_layers, name)
+        in_layers = layer < num_layers and layer >= first
+        if not (in_layers and (keys is None or key in keys)):
+            raise UserError(
+                f"{where}: the file has an adapter for {name}, which adapter_config.json does not adapt "
+                f"(num_layers {count}, keys {'all' if keys is None else ' '.join(keys)})",
+                hint="the two files belong to different adapters; copy both again",
+            )
 
 
 def _pairs(tensors: Mapping[str, Array], where: str) -> dict[str, tuple[Array, Array]]:

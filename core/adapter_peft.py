@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,11 +100,10 @@ def _is_parameter(target: str) -> bool:
 def _targets(adapter: Adapter) -> Iterator[tuple[str, str, LoraModule]]:
     """Place of the tensors, name that the configuration targets, rank and alpha."""
     for place, target, a, _ in _written(adapter):
-        first = next(name for name in adapter.modules if name in _sources(target))
-        lora = adapter.modules[first]
-        rank = _fused_rank(adapter, target, a)
-        if rank != lora.rank:
-            scale = adapter.scale_of(first)
+        names = [name for name in _sources(target) if name in adapter.modules]
+        lora, rank = adapter.modules[names[0]], _fused_rank(adapter, target, a)
+        scale = _shared_scale(adapter, names)
+        if rank != lora.rank or (len(names) > 1 and scale != adapter.scale_of(names[0])):
             lora = LoraModule(rank, scale * (math.sqrt(rank) if adapter.rslora else rank))
         yield place, target, lora
 
@@ -152,7 +151,7 @@ def _fused(adapter: Adapter, gate: str, up: str) -> tuple[Array, Array]:
     """A (experts, rank, in) and B (experts, 2 * out, rank) of gate and up together, at the scale of the first."""
     names = [name for name in (gate, up) if name in adapter.modules]
     num_experts, out, _ = adapter.matrices(names[0])[1].shape
-    scale = adapter.scale_of(names[0])
+    scale = _shared_scale(adapter, names)
     halves: list[tuple[Array, Array]] = []
     for name in (gate, up):
         if name in adapter.modules:
@@ -170,6 +169,11 @@ def _fused(adapter: Adapter, gate: str, up: str) -> tuple[Array, Array]:
     both[:, :out, : gate_b.shape[2]] = gate_b
     both[:, out:, gate_b.shape[2] :] = up_b
     return np.concatenate([gate_a, up_a], axis=1), both
+
+
+def _shared_scale(adapter: Adapter, names: Sequence[str]) -> float:
+    """The scale that a fused tensor is written at: of the first module that has one."""
+    return next((scale for name in names if (scale := adapter.scale_of(name))), 1.0)
 
 
 def _flattened(a: Array, b: Array) -> tuple[Array, Array]:
@@ -192,7 +196,7 @@ def tensors_like(adapter: Adapter, tensors: Mapping[str, Array]) -> dict[str, Ar
         fused = target.endswith(".gate_up_proj")
         begin = 0
         for name in names:
-            rank, scale = adapter.modules[name].rank, adapter.scale_of(name) / adapter.scale_of(names[0])
+            rank, scale = adapter.modules[name].rank, adapter.scale_of(name) / _shared_scale(adapter, names)
             share = slice(begin, begin + rank) if a.shape[-2] > rank else slice(0, rank)
             begin += rank
             own = b
@@ -223,6 +227,7 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], architecture: Arc
     """
     _refuse_unknown(raw, where)
     pairs = _pairs(tensors, where)
+    _refuse_untargeted(raw, pairs, where)
     rslora = bool(raw.get("use_rslora", False))
     parts: list[Part] = []
     old_experts: dict[str, dict[int, Part]] = {}
@@ -234,7 +239,8 @@ def read(raw: Mapping[str, Any], tensors: Mapping[str, Array], architecture: Arc
             parts += _unfused(raw, place, a, b, architecture, rslora=rslora, where=where)
         else:
             name = place.replace(".block_sparse_moe.gate", f".{ROUTER}")
-            target = f"{place}.weight" if name.endswith(f".{ROUTER}") else place
+            # a bare parameter in transformers 5, a linear layer in 4
+            target = f"{place}.weight" if place.endswith(f".{ROUTER}") else place
             parts.append(Part(name, a, b, *_rank_and_alpha(raw, target, a.shape[0], where)))
     parts += [_stacked(found, architecture, where) for found in old_experts.values()]
     return assemble(parts, architecture, dropout=float(raw.get("lora_dropout") or 0.0), rslora=rslora, where=where)
@@ -257,6 +263,33 @@ def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
     for key, value in raw.items():
         if key not in _CARRIED and key not in ("bias", "use_dora", "lora_bias") and value not in (None, False, {}, []):
             raise UserError(f"{where}: {key} {value!r} can't be carried", hint=_MERGE)
+
+
+def _refuse_untargeted(raw: Mapping[str, Any], places: Iterable[str], where: str) -> None:
+    """PEFT puts LoRA where its configuration says and leaves other tensors of the file unused, without an error."""
+    parameters = [str(name).rpartition(".")[0] for name in raw.get("target_parameters") or ()]
+    for place in sorted(places):
+        owner = place.removesuffix(".base_layer")
+        if any(owner == name or owner.endswith(f".{name}") for name in parameters):
+            continue
+        if not _is_targeted(raw, owner):
+            raise UserError(
+                f"{where}: the file has an adapter for {owner}, which adapter_config.json does not target",
+                hint="the two files belong to different adapters; copy both again",
+            )
+
+
+def _is_targeted(raw: Mapping[str, Any], module: str) -> bool:
+    """PEFT's rule (`check_target_module_exists`), for modules of a decoder's layers."""
+    targets, layers = raw.get("target_modules"), raw.get("layers_to_transform")
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    if not any(module == name or module.endswith(f".{name}") for name in targets or ()):
+        return False
+    match = re.search(r"\.layers\.(\d+)\.", module)
+    if layers is None or layers == [] or match is None:
+        return True
+    return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
 _MERGE = "merge it into its base model with PEFT (merge_and_unload) and train a new LoRA on that"

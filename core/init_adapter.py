@@ -11,16 +11,61 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.adapter import HEAD, Adapter, first_layer, target_keys
+from core.adapter import HEAD, LORA_A, LORA_B, Adapter, LoraModule, first_layer, target_keys
 from core.adapter_files import find_adapter
 from core.architecture import Architecture
 from core.config import LoraConfig
 from core.errors import UserError
+from core.files import disk_errors, read_json, to_json, write_atomic
 
 FLAG = "--init-adapter"
 COPY = "init_adapter"
 """Folder in the run that holds the copy."""
+_TENSORS, _SETTINGS = "adapter.safetensors", "adapter.json"
 _DECIDED = ("rank", "alpha", "targets", "frozen_fraction", "rslora")
+
+
+def keep(folder: Path, adapter: Adapter) -> None:
+    """Writes the adapter as it is, not in a peer's form: those fuse and rescale, and the run is bound to its values."""
+    from safetensors.numpy import save
+
+    plain = {
+        "num_layers": adapter.num_layers,
+        "rslora": adapter.rslora,
+        "modules": {name: [lora.rank, lora.alpha] for name, lora in adapter.modules.items()},
+    }
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / _TENSORS, save(dict(adapter.tensors)), durable=True)
+    write_atomic(folder / _SETTINGS, to_json(plain))
+
+
+def read_kept(folder: Path, *, dropout: float) -> Adapter:
+    """What `keep` wrote.
+
+    Raises:
+        UserError: it is gone or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    plain = read_json(folder / _SETTINGS)
+    try:
+        tensors = load_file(folder / _TENSORS)
+        modules = {name: LoraModule(int(rank), float(alpha)) for name, (rank, alpha) in plain["modules"].items()}
+        names = [f"{name}.{letter}" for name in modules for letter in (LORA_A, LORA_B)]
+        return Adapter(
+            modules=modules,
+            tensors={name: tensors[name] for name in names},
+            num_layers=plain["num_layers"],
+            dropout=dropout,
+            rslora=plain["rslora"],
+        )
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: the adapter that this run started from can't be read ({error})",
+            hint="start a new run with: python cli.py train --init-adapter ADAPTER",
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

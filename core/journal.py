@@ -157,7 +157,8 @@ def _write_all(descriptor: int, content: bytes, offset: int) -> None:
 
 def _csv_line(record: Record) -> bytes:
     text = io.StringIO()
-    routing = record.get(ROUTING) or {}
+    routing = record.get(ROUTING)
+    routing = routing if isinstance(routing, dict) else {}
     flat = {**record, **{f"{ROUTING}.{name}": routing.get(name) for name in SCALARS}}
     csv.writer(text).writerow([flat.get(name) for name in COLUMNS])
     return text.getvalue().encode()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from core.chart import Curve, Point
 from core.config import BASE_MODEL, GuardConfig
 from core.errors import UserError
+from core.expert_map import collapse_warning
 from core.files import read_json
 from core.journal import JOURNAL
 from core.overfitting import advice, relative_warning
@@ -358,6 +359,8 @@ class RunReader:
             yield f"validation loss is {val - base:.3f} above what it was before training"
         gap = gap_of(newest)
         if gap and (text := relative_warning(gap, self._guard)):
+            yield text
+        if text := collapse_warning(newest):
             yield text
 
     def _verdict(self) -> str | None:

@@ -16,7 +16,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from core import chart
-from core.config import INITIAL_ADAPTER
+from core.config import BASE_MODEL, INITIAL_ADAPTER
+from core.expert_map import MAP_HEAD, expert_map, experts_facts
 from core.monitor import Snapshot
 from core.overfitting import GRADES
 from core.records import Record, number
@@ -28,6 +29,7 @@ _MIN_CHART, _MAX_CHART = 6, 22
 _DEFAULT_CHART = 12
 _SHORT_NAME = 10
 _TABLE_ROWS = 8
+_MAX_MAP = 16
 
 _GRADE_STYLES: dict[str, str] = dict(zip(GRADES, ("bold green", "green", "yellow", "bold red"), strict=True))
 _STATUS_STYLES = {
@@ -37,7 +39,7 @@ _STATUS_STYLES = {
     "finished": "green",
     "early_stopped": "green",
 }
-_ASCII = str.maketrans("·●○▼▲━╸─│┤└┬…", "-oxv^==-|+++.")
+_ASCII = str.maketrans("·●○▼▲━╸─│┤└┬…░▒▓█", "-oxv^==-|+++..:*#")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,15 @@ def screen_lines(snapshot: Snapshot, width: int, height: int | None = None) -> l
     table: list[Text] = []
     if snapshot.evaluations and room is not None and room - len(body) >= 4:
         table = [Text(), *_table(snapshot, room - len(body) - 2)]
-    return _fit([*head, Text(), *body, *table, Text(), *machine, *foot], height)
+    left = _MAX_MAP if room is None else min(room - len(body) - len(table) - 2, _MAX_MAP)
+    experts = _experts(snapshot, width, left)
+    return _fit([*head, Text(), *body, *table, *experts, Text(), *machine, *foot], height)
+
+
+def _experts(snapshot: Snapshot, width: int, height: int) -> list[Text]:
+    """A mixture's heat map under its heading, when there is room for it."""
+    lines = expert_map(snapshot.evaluation, width=width, height=height)
+    return [Text(), Text(MAP_HEAD, "dim"), *lines] if lines else []
 
 
 def _fit(lines: list[Text], height: int | None) -> list[Text]:
@@ -323,6 +333,7 @@ def _machine(snapshot: Snapshot) -> list[str]:
     if snapshot.next_eval_step is not None:
         steps = snapshot.next_eval_step - snapshot.step
         items.append(f"next eval in {steps} step{'s' * (steps != 1)}")
+    items += experts_facts(snapshot.evaluation, start=str(state.get("start") or BASE_MODEL))
     return items
 
 

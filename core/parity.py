@@ -7,6 +7,7 @@ gradient norm of each step, the final adapter, its losses. The first place beyon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from core.config import BASE_MODEL
 from core.files import to_json, write_atomic
+from core.parity_hints import HINTS, hint_of_losses_before, hint_of_step
 from core.parity_record import Record, RowRecord, StepRecord
 from core.protocols import FloatArray
 
@@ -28,7 +31,8 @@ ADAPTER_TOLERANCE = 1e-3
 """Likewise of a tensor of the final adapter: the norm of the difference over the norm."""
 LOSS_FLOOR = 0.01
 """Nats per target: a smaller loss is compared as if it were this, because float32 logits don't resolve it better."""
-NUM_WORST_ROWS = 5
+DECAY_MARGIN = 2.0
+"""Weight decay counts as proven where what it takes off the adapter is so many times the tolerance."""
 
 _FREE_SETTINGS = (
     *("backend", "device", "output", "model.path", "model.revision", "model.trust_remote_code", "data.path"),
@@ -43,8 +47,8 @@ class Difference:
     """A place where the two sides part."""
 
     place: str
-    """`settings`, `model`, `inputs`, `targets`, `validation`, `initial adapter`, `learning rate`, `base losses`,
-    `loss`, `gradient norm`, `final adapter` or `final losses`."""
+    """`settings`, `model`, `inputs`, `targets`, `validation`, `initial adapter`, `learning rate`, `base losses` (with
+    an initial adapter `initial losses`), `loss`, `gradient norm`, `final adapter` or `final losses`."""
     step: int | None
     """Optimiser step, from 1; 0 before the first; None where steps have no meaning."""
     detail: str
@@ -91,6 +95,8 @@ class TensorComparison:
 
     name: str
     difference: float
+    is_length: bool
+    """Whether one side's tensor is little else than the other's, longer or shorter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,11 @@ class Report:
         return "same" if self.first is None else "different"
 
     @property
+    def unproven(self) -> list[str]:
+        """Settings whose effect over these steps is too weak for a fault in them to be seen, a line each."""
+        return [] if self.mismatches else list(_unproven(self.a))
+
+    @property
     def exit_code(self) -> int:
         return 0 if self.verdict == "same" else 1
 
@@ -141,6 +152,8 @@ class Report:
             "verdict": self.verdict,
             "first_difference": None if self.first is None else _difference_dict(self.first),
             "mismatches": [_difference_dict(difference) for difference in self.mismatches],
+            "not_proven": self.unproven,
+            "start": self.a.start,
             "tolerances": {
                 "loss": LOSS_TOLERANCE,
                 "grad_norm": NORM_TOLERANCE,
@@ -150,9 +163,8 @@ class Report:
             "sides": [_side_dict(self.a), _side_dict(self.b)],
             "steps": [asdict(step) for step in self.steps],
             "rows": {
-                "count": len(self.base_rows),
-                "worst_base": [asdict(row) for row in worst_rows(self.base_rows)],
-                "worst_final": [asdict(row) for row in worst_rows(self.final_rows)],
+                "base": [asdict(row) for row in self.base_rows],
+                "final": [asdict(row) for row in self.final_rows],
             },
             "adapter": [asdict(tensor) for tensor in self.tensors],
             "four_bits": None if self.four_bits is None else asdict(self.four_bits),
@@ -168,7 +180,7 @@ def compare(a: Record, b: Record) -> Report:
     steps = [_compare_step(one, other) for one, other in zip(a.steps, b.steps, strict=True)]
     base_rows = _compare_rows(a.rows, b.rows, lambda rows: rows.base_nll)
     final_rows = _compare_rows(a.rows, b.rows, lambda rows: rows.final_nll)
-    tensors = [TensorComparison(name, _tensor_difference(a.adapter[name], b.adapter[name])) for name in a.adapter]
+    tensors = [_compare_tensor(name, a.adapter[name], b.adapter[name]) for name in a.adapter]
     found = _differences(a, b, steps, base_rows, final_rows, tensors)
     four_bits = _compare_four_bits(a, b)
     skipped = "" if four_bits else next((r.four_bits.skipped for r in (a, b) if r.four_bits.skipped), "no common rows")
@@ -180,9 +192,9 @@ def write_report(folder: Path, report: Report) -> None:
     write_atomic(folder / REPORT, to_json(report.to_dict()))
 
 
-def worst_rows(rows: list[RowComparison]) -> list[RowComparison]:
-    """The rows that differ most, the worst first."""
-    return sorted(rows, key=lambda row: -row.difference)[:NUM_WORST_ROWS]
+def worst_row(rows: list[RowComparison]) -> RowComparison:
+    """The row that differs most."""
+    return max(rows, key=lambda row: row.difference)
 
 
 # --- what must be identical -------------------------------------------------------------------------------------------
@@ -280,10 +292,14 @@ def _means(nll: list[float], num_targets: list[int]) -> list[float]:
     return [value / max(number, 1) for value, number in zip(nll, num_targets, strict=True)]
 
 
-def _tensor_difference(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+def _compare_tensor(name: str, one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> TensorComparison:
     a, b = one.astype(np.float64), other.astype(np.float64)
-    scale = max(np.linalg.norm(a), np.linalg.norm(b))
-    return float(np.linalg.norm(a - b) / scale) if scale else 0.0
+    scale, apart = max(np.linalg.norm(a), np.linalg.norm(b)), np.linalg.norm(a - b)
+    if not apart:
+        return TensorComparison(name, 0.0, False)
+    # the cosine between the difference and the tensor itself
+    along = abs(np.vdot(a + b, a - b)) / max(np.linalg.norm(a + b) * apart, np.finfo(np.float64).tiny)
+    return TensorComparison(name, float(apart / scale), bool(along > 0.9))
 
 
 def _differences(
@@ -295,20 +311,32 @@ def _differences(
     tensors: list[TensorComparison],
 ) -> Iterator[Difference]:
     """Every place beyond tolerance, in causal order."""
-    yield from _row_differences("base losses", 0, base_rows, _HINTS["base losses"])
-    for step, one, other in zip(steps, a.steps, b.steps, strict=True):
-        yield from _step_differences(step, one, other)
+    before = "base losses" if a.start == BASE_MODEL else "initial losses"
+    yield from _count_differences(before, a.rows, b.rows)
+    yield from _row_differences(before, 0, base_rows, hint_of_losses_before(a.start))
+    for index, (one, other) in enumerate(zip(a.steps, b.steps, strict=True)):
+        yield from _step_differences(steps[: index + 1], one, other)
     tensor = max(tensors, key=lambda tensor: tensor.difference)
     if tensor.difference > ADAPTER_TOLERANCE:
         detail = f"{tensor.name} differs by {tensor.difference:.2g} of its norm"
-        yield Difference("final adapter", steps[-1].step, detail, _HINTS["final adapter"])
-    yield from _row_differences("final losses", steps[-1].step, final_rows, _HINTS["final losses"])
+        hint = HINTS["shorter adapter" if tensor.is_length else "final adapter"]
+        yield Difference("final adapter", steps[-1].step, detail, hint)
+    yield from _row_differences("final losses", steps[-1].step, final_rows, HINTS["final losses"])
+
+
+def _count_differences(place: str, a: RowRecord, b: RowRecord) -> Iterator[Difference]:
+    """The targets are the same to the bit: a side that counts them otherwise leaves some out, or adds some."""
+    for row, one, other in zip(a.row_ids, a.num_targets, b.num_targets, strict=True):
+        if one != other:
+            detail = f"validation row {row} is summed over {one} and {other} targets"
+            yield Difference(place, 0, detail, HINTS["targets counted"])
+            return
 
 
 def _row_differences(place: str, step: int, rows: list[RowComparison], hint: str) -> Iterator[Difference]:
     beyond = [row for row in rows if row.difference > LOSS_TOLERANCE]
     if beyond:
-        worst = worst_rows(beyond)[0]
+        worst = worst_row(beyond)
         detail = (
             f"{len(beyond)} of {len(rows)} validation rows, the worst is row {worst.row}: "
             f"{worst.losses[0]:.6f} and {worst.losses[1]:.6f} nats, {worst.difference:.2g} apart"
@@ -316,50 +344,43 @@ def _row_differences(place: str, step: int, rows: list[RowComparison], hint: str
         yield Difference(place, step, detail, hint)
 
 
-def _step_differences(step: StepComparison, one: StepRecord, other: StepRecord) -> Iterator[Difference]:
-    kind = {1: "first", 2: "second"}.get(step.step, "later")
+def _step_differences(steps: list[StepComparison], one: StepRecord, other: StepRecord) -> Iterator[Difference]:
+    """Of the last of `steps`."""
+    step = steps[-1]
     if one.num_targets != other.num_targets:
         detail = f"summed over {one.num_targets} and {other.num_targets} targets"
-        yield Difference("loss", step.step, detail, _HINTS["loss", "first"])
+        yield Difference("loss", step.step, detail, HINTS["targets counted"])
     if step.loss_difference > LOSS_TOLERANCE:
         detail = f"{step.losses[0]:.7f} and {step.losses[1]:.7f}, {step.loss_difference:.2g} apart"
-        yield Difference("loss", step.step, detail, _HINTS["loss", kind])
+        hint = hint_of_step("loss", [step.loss_difference for step in steps])
+        yield Difference("loss", step.step, detail, hint)
     if step.norm_difference > NORM_TOLERANCE:
         detail = f"{step.grad_norms[0]:.7g} and {step.grad_norms[1]:.7g}, {step.norm_difference:.2g} apart"
-        yield Difference("gradient norm", step.step, detail, _HINTS["gradient norm", kind])
+        hint = hint_of_step("gradient norm", [step.norm_difference for step in steps])
+        yield Difference("gradient norm", step.step, detail, hint)
 
 
-_UPDATE = (
-    "the first update differs: the optimiser's formula (bias correction, epsilon, momentum, decay), the clipping or "
-    "the rate it was given"
-)
-_DRIFT = (
-    "every step before agrees: if the difference rises slowly it is rounding that grows (try a lower rate), if it "
-    "jumps, look at what is special in this step (its rows, the epoch's end, the schedule)"
-)
-_HINTS: dict[str | tuple[str, str], str] = {
-    "base losses": (
-        "the two read the model differently, before any training: rotary settings, sliding window, tied embeddings, "
-        "norms, or which position predicts which token"
-    ),
-    ("loss", "first"): (
-        "the base model agrees but its loss in training does not: which targets count, what they are divided by, or "
-        "dropout that is on"
-    ),
-    ("gradient norm", "first"): (
-        "same loss, other gradient: the adapter's scale (alpha, rank, rslora), label smoothing, what the gradient is "
-        "divided by, or a tensor that is not trained"
-    ),
-    ("loss", "second"): _UPDATE,
-    ("gradient norm", "second"): _UPDATE,
-    ("loss", "later"): _DRIFT,
-    ("gradient norm", "later"): _DRIFT,
-    "final adapter": (
-        "every loss agrees, the tensors do not: directions that hardly move the loss. AdamW makes steps of rounding "
-        "where a gradient is tiny: if a larger optim.eps mends it, that is all; else see how the adapter is exported"
-    ),
-    "final losses": "training agrees, its last update or the evaluation does not",
-}
+# --- what is too weak to be proven ------------------------------------------------------------------------------------
+
+
+def _unproven(record: Record) -> Iterator[str]:
+    optim, steps = record.config["optim"], record.steps
+    decay, rates = optim["weight_decay"], sum(step.lr for step in steps)
+    if decay and rates * decay < DECAY_MARGIN * ADAPTER_TOLERANCE:
+        enough = math.ceil(100 * DECAY_MARGIN * ADAPTER_TOLERANCE / rates) / 100
+        yield (
+            f"weight decay is too small here to be proven: {decay:g} shortens the adapter by {rates * decay:.1g} of its "
+            f"length in {len(steps)} steps, the tolerance is {ADAPTER_TOLERANCE:g}; "
+            f"prove it with --set optim.weight_decay={enough:g}"
+        )
+    limit, largest = optim["max_grad_norm"], max(step.grad_norm for step in steps)
+    if limit is not None and largest <= limit:
+        yield (
+            f"clipping never acted: every gradient norm was at most {largest:.2g}, the limit is {limit:g}; "
+            f"prove it with --set optim.max_grad_norm={largest / 2:.1g}"
+        )
+    if len(steps) == 1:
+        yield "what the optimiser remembers from one step to the next: prove it with more --steps"
 
 
 # --- four bits --------------------------------------------------------------------------------------------------------

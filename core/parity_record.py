@@ -10,27 +10,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from core.config import RunConfig, to_plain
+from core.config import BASE_MODEL, INITIAL_ADAPTER, RunConfig, to_plain
 from core.errors import NonFiniteLossError, UserError
 from core.files import disk_errors, read_json, sha256_of, to_json, write_atomic
-from core.protocols import IGNORE, Batch, Learner, RowLosses, Tensors, TrainState
+from core.models import ResolvedModel
+from core.protocols import IGNORE, Batch, DeviceReport, Learner, RowLosses, Tensors, TrainState
 from core.settings import Settings
 from core.settings import values as setting_values
 from core.tensor_files import read_float32
-from core.trainer import StepSource
-
-if TYPE_CHECKING:
-    from core.workflow.job import Job
+from core.trainer import StepSource, TrainingData
 
 RECORD = "record.json"
 ADAPTER = "adapter.safetensors"
@@ -66,7 +63,7 @@ class RowRecord:
     row_ids: list[int]
     num_targets: list[int]
     base_nll: list[float]
-    """Nats, summed over the row's targets."""
+    """Nats, summed over the row's targets; of the initial adapter where there is one."""
     final_nll: list[float]
 
 
@@ -110,6 +107,35 @@ class Record:
     adapter: Mapping[str, npt.NDArray[np.float32]]
     """The adapter after the last step."""
 
+    @property
+    def start(self) -> str:
+        """What there was before the first step, in words."""
+        return BASE_MODEL if self.config["lora"]["init_adapter"] is None else INITIAL_ADAPTER
+
+
+class RecordedData(TrainingData, Protocol):
+    """Rows that know where they come from."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_val_rows(self) -> int: ...
+
+
+class RecordedJob(Protocol):
+    """What a record says of a prepared job; `core.workflow.job.Job` is one."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def device(self) -> DeviceReport: ...
+    @property
+    def model(self) -> ResolvedModel: ...
+    @property
+    def data(self) -> RecordedData: ...
+    @property
+    def identity(self) -> Mapping[str, str]: ...
+
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 
@@ -152,18 +178,10 @@ def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
     return config.model_copy(update={section: changed})
 
 
-def use_whole_float32() -> None:
-    """Keeps GPUs from rounding the factors of float32 products to TF32's 11 bits, as MLX lets them by default.
-
-    Has to be called before a tensor library is loaded.
-    """
-    os.environ |= {"MLX_ENABLE_TF32": "0", "NVIDIA_TF32_OVERRIDE": "0"}
-
-
 # --- recording --------------------------------------------------------------------------------------------------------
 
 
-def record_training(job: Job, learner: Learner) -> Record:
+def record_training(job: RecordedJob, learner: Learner) -> Record:
     """Trains as `core.trainer` does and writes down every number; the 4-bit part is left open.
 
     Raises:
@@ -171,12 +189,12 @@ def record_training(job: Job, learner: Learner) -> Record:
     """
     initial = hash_tensors(learner.export_state().adapter)
     validation = job.data.validation
-    _log.info("%s: base model on %d validation rows", job.config.backend, job.data.num_val_rows)
+    _log.info("%s: %s on %d validation rows", job.config.backend, job.config.start, job.data.num_val_rows)
     base = learner.evaluate(validation)
     source = StepSource(job.config, job.data)
     steps = [_record_step(job, learner, source, step) for step in range(1, source.plan.total_steps + 1)]
     final = learner.evaluate(validation)
-    _refuse_non_finite(base, final)
+    _refuse_non_finite(base, final, start=job.config.start)
     return Record(
         backend=job.config.backend,
         device=job.device.device,
@@ -199,7 +217,7 @@ def record_training(job: Job, learner: Learner) -> Record:
     )
 
 
-def _record_step(job: Job, learner: Learner, source: StepSource, step: int) -> StepRecord:
+def _record_step(job: RecordedJob, learner: Learner, source: StepSource, step: int) -> StepRecord:
     batches, lr = source.microbatches(step), source.lr(step)
     output = learner.train_step(batches, step=step, lr=lr)
     loss, grad_norm = float(output.loss), float(output.grad_norm)  # waits for the device at every step
@@ -223,8 +241,8 @@ def _record_step(job: Job, learner: Learner, source: StepSource, step: int) -> S
     )
 
 
-def _refuse_non_finite(base: RowLosses, final: RowLosses) -> None:
-    for when, losses in (("of the base model", base), ("after the last step", final)):
+def _refuse_non_finite(base: RowLosses, final: RowLosses, *, start: str) -> None:
+    for when, losses in ((f"of the {start}", base), ("after the last step", final)):
         if not np.isfinite(losses.nll).all():
             raise NonFiniteLossError(f"a validation loss {when} is not finite", hint="try a lower rate with --lr")
 
@@ -246,9 +264,9 @@ def record_four_bits(record: Record, learner: Learner, batches: Sequence[Batch],
         budget: about how many positions to compute; None for every row.
     """
     some = sample_rows(batches, budget=budget)
-    _log.info("%s: base model, %d validation rows on %s", record.backend, len(some), learner.description)
+    _log.info("%s: %s, %d validation rows on %s", record.backend, record.start, len(some), learner.description)
     base = learner.evaluate(some)
-    _log.info("%s: adapter, the same rows", record.backend)
+    _log.info("%s: trained adapter, the same rows", record.backend)
     learner.import_state(TrainState(adapter=record.adapter, optimizer={}))
     return replace(record, four_bits=FourBits(learner.description, _rows(base, learner.evaluate(some))))
 

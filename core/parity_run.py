@@ -128,6 +128,3 @@ def _run(arguments: Sequence[str], name: str) -> int:
     if code < 0:
         raise UserError(f"the {name} side was ended by signal {-code}", hint="if memory is short: --batch-size 1")
     return code
-
-
-__all__ = ["compare_folders", "run_parity"]

@@ -22,7 +22,7 @@ from core.parity import (
     Report,
     RowComparison,
     StepComparison,
-    worst_rows,
+    worst_row,
 )
 from core.parity_plot import PLOT
 from core.parity_record import Record
@@ -136,7 +136,7 @@ def _largest(report: Report) -> RenderableType:
 
 
 def _worst_row(rows: list[RowComparison]) -> tuple[float, float, str]:
-    worst = worst_rows(rows)[0]
+    worst = worst_row(rows)
     return worst.difference, LOSS_TOLERANCE, f"row {worst.row} of {len(rows)}"
 
 
@@ -154,7 +154,7 @@ def _four_bit_table(found: FourBitComparison, a: Record, b: Record) -> Renderabl
     table = _grid("left", "right", "right", "right", "right", "right")
     heads = ("val loss", "16 bits", f"{a.backend} 4 bits", "", f"{b.backend} 4 bits", "")
     table.add_row(*(Text(head, "dim") for head in heads))
-    for name, wide, narrow in (("base", found.base_16, found.base_4), ("adapter", found.final_16, found.final_4)):
+    for name, wide, narrow in ((a.start, found.base_16, found.base_4), ("adapter", found.final_16, found.final_4)):
         cells = [cell for side in (0, 1) for cell in (f"{narrow[side]:.4f}", f"{narrow[side] - wide[side]:+.4f}")]
         table.add_row(name, f"{wide[0]:.4f}", *cells)
     return table
@@ -176,6 +176,8 @@ def _verdict(report: Report) -> Iterator[RenderableType]:
         yield _indented(Text(first.hint))
     else:
         yield Text(f"Parity. {a} and {b} train the same adapter, within tolerance.", "bold green")
+        for line in report.unproven:
+            yield _indented(Text.assemble(("not proven  ", "yellow"), line))
 
 
 def _files(report: Report, folder: Path) -> Iterator[RenderableType]:

@@ -58,8 +58,7 @@ class Batch:
     def is_token(self) -> BoolArray:
         """bool [B, T]: the positions up to each row's last target, which ends every row; the others are padding."""
         has_target = self.targets != IGNORE
-        after: BoolArray = np.logical_or.accumulate(has_target[:, ::-1], axis=1)[:, ::-1]
-        return after
+        return np.ascontiguousarray(np.logical_or.accumulate(has_target[:, ::-1], axis=1)[:, ::-1])
 
     @property
     def num_real_tokens(self) -> int:

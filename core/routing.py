@@ -19,9 +19,9 @@ from core.protocols import FloatArray, IntArray
 DOMINANT = 0.90
 """A layer has collapsed when more than this part of its tokens choose the same expert."""
 CONCENTRATED = 0.95
-"""A layer has collapsed when k or fewer experts have this part of its choices: k are what a single token needs."""
+"""A layer has collapsed when k + 1 experts or fewer have this part of its choices; a single token needs k."""
 ENOUGH_CHOICES = 20
-"""Choices for each expert, on average, below which nothing is judged: with fewer, chance alone looks like a collapse."""
+"""Choices for each expert, on average, below which nothing is judged: chance alone can look like a collapse."""
 
 SCALARS = ("entropy", "entropy_min", "entropy_min_layer", "moved_max", "moved_max_layer")
 """What a record's `routing` holds besides lists; the CSV has these."""
@@ -85,9 +85,10 @@ class Routing:
     def collapsed(self) -> tuple[Collapse, ...]:
         """The layers that have collapsed, and why.
 
-        Either an expert gets more than 90 % of the layer's tokens (judged where there are at least 2k experts, since
-        with fewer a healthy layer comes near that), or k or fewer experts have 95 % of its choices (judged where there
-        are more than 2k). A layer with fewer than 20 choices per expert is not judged.
+        Either an expert gets more than 90 % of the layer's tokens (judged where there are at least 2k experts, so that
+        an even share is half of the tokens at most), or k + 1 experts or fewer have 95 % of its choices (judged where
+        there are at least 4k, as in Mixtral; k experts alone can't have them without the first being so, too). A layer
+        with fewer than 20 choices per expert is not judged.
         """
         found = (self._collapse(layer) for layer in range(len(self.tokens)))
         return tuple(collapse for collapse in found if collapse is not None)
@@ -100,7 +101,7 @@ class Routing:
         if self.num_experts >= 2 * k and reached > DOMINANT:
             return Collapse(layer, f"expert {first} gets {100 * reached:.0f} % of its tokens")
         used = int(np.searchsorted(np.cumsum(np.sort(shares)[::-1]), CONCENTRATED - 1e-12)) + 1
-        if self.num_experts > 2 * k and used <= k:
+        if self.num_experts >= 4 * k and used <= k + 1:
             return Collapse(
                 layer, f"{used} of {self.num_experts} experts get {100 * CONCENTRATED:.0f} % of its choices"
             )
@@ -132,6 +133,31 @@ class RoutingReport:
         """What the journal keeps: the scalars, the layers that collapsed, and the shares to 4 digits."""
         shares = [[round(float(share), 4) for share in layer] for layer in self.routing.shares]
         return {**self.scalars, "collapsed": [one.layer for one in self.collapses], "shares": shares}
+
+
+def shares_of(routing: object) -> FloatArray | None:
+    """The shares in what `to_record` made, float64 [layers, experts]; None where there are none, or damaged ones."""
+    try:
+        shares = np.array(routing["shares"], float) if isinstance(routing, dict) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+    if shares is None or shares.ndim != 2 or not shares.size or not np.isfinite(shares).all():
+        return None
+    return shares
+
+
+def routing_parts(routing: Mapping[str, Any], *, start: str | None) -> list[str]:
+    """`experts: entropy 0.97 (lowest 0.91, layer 3)` and `moved 0.02 from the base model (layer 5)`.
+
+    Args:
+        routing: `SCALARS`.
+        start: what there was before the first step; None at that step itself, which has no second part.
+    """
+    lowest = f"lowest {routing['entropy_min']:.2f}, layer {routing['entropy_min_layer']}"
+    parts = [f"experts: entropy {routing['entropy']:.2f} ({lowest})"]
+    if start is not None:
+        parts.append(f"moved {routing['moved_max']:.2f} from the {start} (layer {routing['moved_max_layer']})")
+    return parts
 
 
 def describe(collapses: Sequence[Collapse], *, most: int = 3) -> str:

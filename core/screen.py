@@ -18,7 +18,7 @@ from rich.text import Text
 
 from core.config import BASE_MODEL, GuardConfig
 from core.overfitting import Gap, advice, relative_warning
-from core.routing import RoutingReport, describe
+from core.routing import RoutingReport, describe, routing_parts
 
 LOGGER = logging.getLogger("twinkeel")
 GRADE_STYLES = {"EXCELLENT": "green", "GOOD": "green", "MODERATE": "yellow", "CRITICAL": "red"}
@@ -66,15 +66,6 @@ def evaluation_line(gap: Gap, *, step: int, is_best: bool, patience_left: int | 
         f"{name}: validation {gap.val_loss:.3f}  probe {gap.probe_loss:.3f}  "
         f"gap {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]  {gap.grade}{mark}"
     )
-
-
-def routing_line(report: RoutingReport, *, step: int, start: str = BASE_MODEL) -> str:
-    """One line on how a mixture uses its experts, and how far that is from what it did before the first step."""
-    found = report.scalars
-    line = f"experts: entropy {found['entropy']:.2f} (lowest {found['entropy_min']:.2f}, layer {found['entropy_min_layer']})"
-    if step == 0:
-        return line
-    return f"{line}, moved {found['moved_max']:.2f} from the {start} (layer {found['moved_max_layer']})"
 
 
 class _Numbers(ProgressColumn):
@@ -165,7 +156,7 @@ class TrainScreen:
         self._update(**self._fields)
 
     def show_routing(self, report: RoutingReport, *, step: int) -> None:
-        LOGGER.info("  %s", routing_line(report, step=step, start=self._start))
+        LOGGER.info("  %s", ", ".join(routing_parts(report.scalars, start=self._start if step else None)))
         if step == 0 and (before := report.base.collapsed()):
             LOGGER.info("  experts: unbalanced before training already: %s", describe(before))
         if report.collapses:

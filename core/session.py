@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from core import census
+from core import census, init_adapter
 from core.adapter import Adapter
 from core.adapter_files import write_adapter
 from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig, to_plain
 from core.errors import OutOfMemoryError, UserError
+from core.expert_plot import write_expert_plot
 from core.files import write_atomic
 from core.handoff import check_saved
-from core.init_adapter import COPY as INIT_ADAPTER
 from core.journal import Journal
 from core.moves import (
     MOVES,
@@ -66,7 +66,7 @@ class Session:
     def begin(self) -> int:
         """Runs from the first step; returns the exit code."""
         if self._config.lora.init_adapter is not None:
-            write_adapter(self._folder / INIT_ADAPTER, self._job.adapter, base_model=self._job.model.name)
+            init_adapter.keep(self._folder / init_adapter.COPY, self._job.adapter)
         _write_config(self._folder, self._config)
         return self._run(Checkpointer(self._folder, keep=self._config.checkpoint.keep), None)
 
@@ -179,6 +179,7 @@ class Session:
         summary = self._summary(status)
         write_summary(self._folder, summary)
         write_training_curves(self._folder)
+        write_expert_plot(self._folder)
         self._state.update(status=status, phase="ended", elapsed_seconds=summary["wall_seconds"])
         lines = verdict_lines(
             summary,
@@ -246,7 +247,7 @@ class Session:
             "model": f"model.path {self._config.model.path}",
             "data": f"data.path {self._config.data.path}",
             "settings": f"{self._folder / CONFIG}",
-            "init_adapter": f"{self._folder / INIT_ADAPTER}",
+            "init_adapter": f"{self._folder / init_adapter.COPY}",
         }
         raise UserError(
             f"{self._folder}: the {' and the '.join(changed)} changed since step {checkpoint.step} "

@@ -345,7 +345,7 @@ class Trainer:
         """Says where the validation rows' tokens went; returns it for the record."""
         num_tokens = sum(batch.num_real_tokens for batch in self._data.validation)
         routing = Routing.measure(expert_tokens, num_tokens=num_tokens)
-        if step == 0 or self.progress.base_routing is None:
+        if self.progress.base_routing is None:  # at step 0; a checkpoint of an older version has none
             self.progress.base_routing = routing
         report = RoutingReport(routing, base=self.progress.base_routing)
         if is_best:

@@ -20,14 +20,21 @@ NAME = "model.layers.0.self_attn.q_proj.lora_A"
 
 
 class FakeLearner:
-    """See the module's docstring. `fail_at` makes the loss of that step NaN."""
+    """See the module's docstring. `fail_at` makes the loss of that step NaN.
+
+    `routes` makes it a mixture: it sends a token to two of four experts in each of two layers, and reports a
+    load-balancing loss of its step number plus its tokens.
+    """
 
     num_parameters = VOCAB
     num_trainable = VOCAB
     description = "fake"
     state_bits: Literal[8, 32] = 32
 
-    def __init__(self, *, seed: int = 0, dropout: float = 0.1, fail_at: int | None = None) -> None:
+    def __init__(
+        self, *, seed: int = 0, dropout: float = 0.1, fail_at: int | None = None, routes: bool = False
+    ) -> None:
+        self.routes = routes
         self.logits = np.zeros((1, VOCAB), np.float32)
         self.momentum = np.zeros_like(self.logits)
         self.steps = 0
@@ -52,7 +59,9 @@ class FakeLearner:
         self.logits = self.logits - np.float32(lr) * self.momentum
         self.steps += 1
         value = float("nan") if step == self.fail_at else loss / total
-        return StepOutput(loss=value, grad_norm=float(np.linalg.norm(grad)), num_targets=total)
+        tokens = sum(batch.num_real_tokens for batch in microbatches)
+        aux_loss = float(step + tokens) if self.routes else None
+        return StepOutput(loss=value, grad_norm=float(np.linalg.norm(grad)), num_targets=total, aux_loss=aux_loss)
 
     def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
         self.calls.append("evaluate")
@@ -64,7 +73,15 @@ class FakeLearner:
                 ids.append(int(row))
                 nll.append(-float(logp[chosen].sum()))
                 counts.append(len(chosen))
-        return RowLosses(np.array(ids), np.array(nll), np.array(counts))
+        return RowLosses(np.array(ids), np.array(nll), np.array(counts), self._expert_tokens(sum(counts)))
+
+    def _expert_tokens(self, num_tokens: int) -> np.ndarray[Any, Any] | None:
+        """The first layer uses its experts alike before the first step, and each step sends a token elsewhere."""
+        if not self.routes:
+            return None
+        even, rest, moved = *divmod(num_tokens, 2), self.steps
+        first = [even + rest + moved, even + rest + moved, even - moved, even - moved]
+        return np.array([first, [num_tokens, num_tokens, 0, 0]], np.int64)
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
         logp = _log_softmax(self.logits[0].astype(np.float64))
@@ -138,6 +155,7 @@ class SilentScreen:
 
     def __init__(self) -> None:
         self.evaluations: list[int] = []
+        self.routings: list[int] = []
 
     def show_step(self, *, step: int, epoch: float) -> None: ...
 
@@ -146,6 +164,7 @@ class SilentScreen:
     def show_evaluation(self, gap: object, *, step: int, is_best: bool, patience_left: int | None) -> None:
         self.evaluations.append(step)
 
-    def show_routing(self, report: object, *, step: int) -> None: ...
+    def show_routing(self, report: object, *, step: int) -> None:
+        self.routings.append(step)
 
     def show_phase(self, phase: str) -> None: ...

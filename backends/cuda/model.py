@@ -262,5 +262,8 @@ def enable_checkpointing(base: PreTrainedModel) -> None:
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(base, name):
             getattr(base, name)({"use_reentrant": False})
+            # It makes the embeddings ask for a gradient, which only the reentrant kind needs: with it, the backward
+            # pass would recompute and cross the frozen layers below the lowest adapter as well.
+            base.disable_input_require_grads()
             return
     raise AssertionError("transformers has no gradient checkpointing")

@@ -46,7 +46,11 @@ class RouterWatch:
             self._seen.append(output)
 
     def expert_tokens(self, is_token: torch.Tensor) -> torch.Tensor:
-        """int64 [layers, experts]: tokens that each expert got in the pass watched; `is_token`: [B, T], 0 for padding."""
+        """int64 [layers, experts]: tokens that each expert got in the pass watched.
+
+        Args:
+            is_token: int64 [B, T]: 1, and 0 for padding.
+        """
         counts = [_counts(logits.shape[-1], index, is_token.flatten()) for logits, _, index in self._take()]
         return torch.stack(counts)
 

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.loss import Selection, balancing_loss, select_targets, summed_loss, token_losses, token_replay
+from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses, token_replay
 from backends.mlx.memory import MemoryMeter, translate_out_of_memory
 from backends.mlx.model import Network
 from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
+from backends.mlx.routers import balancing_loss
 from core.adapter import trains_router
 from core.config import RunConfig
 from core.errors import UserError
@@ -137,7 +138,7 @@ class MlxLearner:
         keys = self.network.dropout_keys(key)
 
         def objective(parameters: Parameters) -> tuple[mx.array, Sums]:
-            is_token, share, factor = aux or (None, None, None)
+            is_token = None if aux is None else aux[0]
             hidden, routed = self.network.routed_states(parameters, tokens, is_token=is_token, keys=keys, training=True)
             carrier, loss = summed_loss(
                 self.network.project,
@@ -147,9 +148,10 @@ class MlxLearner:
                 weight,
                 label_smoothing=self._label_smoothing,
             )
-            if is_token is None:
+            if aux is None:
                 return carrier, (loss,)
-            aux_loss = balancing_loss(routed, is_token.sum())
+            real, share, factor = aux
+            aux_loss = balancing_loss(routed, real.sum())
             if self._aux_weight:
                 carrier = carrier + factor * aux_loss
             return carrier, (loss, share * mx.stop_gradient(aux_loss))

@@ -7,7 +7,7 @@ states first; the output projection and the float32 log-softmax see nothing else
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,6 +18,8 @@ from core.protocols import IGNORE, Batch
 Project = Callable[[mx.array], mx.array]
 """Hidden states [M, D] to logits [M, V]."""
 
+BLOCK = 256
+"""Logits that are summed at a time: about the square root of a vocabulary."""
 CHUNK = 1024
 """Target positions whose float32 logits exist at a time: 131 MB at a vocabulary of 32,000."""
 _SMALLEST = 32
@@ -121,19 +123,6 @@ def token_replay(project: Project, hidden: mx.array, position: mx.array, target:
     return mx.concatenate(losses), mx.concatenate(greedy)
 
 
-def balancing_loss(routed: Sequence[tuple[mx.array, mx.array]], num_tokens: mx.array) -> mx.array:
-    """`core.protocols.StepOutput.aux_loss` of a micro-batch, a float32 scalar with its gradient.
-
-    Args:
-        routed: for each layer how often each expert was chosen, and the router probabilities summed: [experts] both.
-        num_tokens: float32 scalar: tokens of the micro-batch, padding left out.
-    """
-    chosen = mx.stop_gradient(mx.stack([counts for counts, _ in routed]).sum(axis=0))
-    probabilities = mx.stack([sums for _, sums in routed]).sum(axis=0)
-    total = num_tokens * len(routed)
-    return len(chosen) * (chosen / total * (probabilities / total)).sum()
-
-
 def _flatten(hidden: mx.array) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])
 
@@ -150,21 +139,22 @@ def log_sum_exp(logits: mx.array) -> mx.array:
     On a CPU MLX adds one float32 after the other: over 49,152 tokens the loss comes out 1e-4 nats too low, and so do
     the gradients. There, blocks are summed first, as torch does.
     """
-    block = _block_size(logits.shape[-1])
-    if mx.default_device() != mx.cpu or block == 1:
+    if mx.default_device() != mx.cpu:
         return mx.logsumexp(logits, axis=-1)
-    blocks = logits.reshape(*logits.shape[:-1], -1, block)
-    return mx.logsumexp(mx.logsumexp(blocks, axis=-1), axis=-1)
+    return mx.logsumexp(mx.logsumexp(_blocks(logits, fill=-math.inf), axis=-1), axis=-1)
 
 
 def _mean(logits: mx.array) -> mx.array:
     """Mean over the vocabulary, in blocks for the same reason."""
-    return logits.reshape(*logits.shape[:-1], -1, _block_size(logits.shape[-1])).mean(axis=-1).mean(axis=-1)
+    return _blocks(logits, fill=0.0).sum(axis=-1).sum(axis=-1) / logits.shape[-1]
 
 
-def _block_size(size: int) -> int:
-    """The divisor of `size` that is nearest to its square root from below: both sums are short then."""
-    return next(block for block in range(math.isqrt(size), 0, -1) if size % block == 0)
+def _blocks(logits: mx.array, *, fill: float) -> mx.array:
+    """[M, V] to [M, blocks, BLOCK]; the last block is filled up with `fill`."""
+    missing = -logits.shape[-1] % BLOCK
+    if missing:
+        logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=fill)
+    return logits.reshape(logits.shape[0], -1, BLOCK)
 
 
 def _picked(logits: mx.array, ids: mx.array) -> mx.array:

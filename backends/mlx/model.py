@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx.memory import is_out_of_memory, translate_out_of_memory
+from backends.mlx.routers import Routed, run_watched
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter, split_name
 from core.adapter_mlx import module_name
 from core.architecture import Architecture, read_architecture
@@ -38,9 +39,6 @@ _DEFAULT_THETA = {"llama": 1e4, "mistral": 1e4, "mixtral": 1e6}
 """transformers' defaults, by model_type."""
 
 Arrays = Mapping[str, mx.array]
-Routed = tuple[mx.array, mx.array]
-"""Of one router: [experts] how many tokens each expert got, and float32 [experts] router probabilities summed over the
-tokens; padding left out of both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,30 +466,4 @@ def _run_layer(
         slot.place(parameters, keys)
     if is_token is None:
         return (layer(hidden, mask, cache=cache),)
-    return _run_watched(layer, mask, cache, is_token, hidden)
-
-
-def _run_watched(
-    layer: nn.Module, mask: mx.array | str | None, cache: Any, is_token: mx.array, hidden: mx.array
-) -> tuple[mx.array, ...]:
-    """mlx-lm's `MixtralDecoderLayer`, and `Routed` of its router, whose logits mlx-lm keeps to itself.
-
-    They are computed a second time here: hidden size x experts multiplications a token, of which an expert needs
-    thousands of times as many.
-    """
-    attended = hidden + layer.self_attn(layer.input_layernorm(hidden), mask, cache)
-    states = layer.post_attention_layernorm(attended)
-    block = layer.block_sparse_moe
-    counts, probabilities = watched_router(block.gate(states), is_token, k=block.num_experts_per_tok)
-    return attended + block(states), counts, probabilities
-
-
-def watched_router(logits: mx.array, is_token: mx.array, *, k: int) -> Routed:
-    """What a router with the logits [B, T, experts] does with the tokens: see `Routed`."""
-    num_experts = logits.shape[-1]
-    # as mlx-lm chooses, so that equal logits fall the same way
-    chosen = mx.stop_gradient(mx.argpartition(-logits, kth=k - 1, axis=-1)[..., :k])
-    times = (chosen[..., None] == mx.arange(num_experts)).sum(axis=-2)
-    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1)
-    real = is_token[..., None]
-    return (times * real).sum(axis=(0, 1)), (probabilities * real).sum(axis=(0, 1))
+    return run_watched(layer, mask, cache, is_token, hidden)

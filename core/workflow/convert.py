@@ -13,10 +13,11 @@ from backends import peer
 from core.adapter_files import BOTH, Form, find_adapter
 from core.architecture import Architecture, read_architecture
 from core.config import DataConfig, ModelConfig, RunConfig
-from core.convert import LIBRARIES, Bench, PeerLogits, refuse_taken, summary
+from core.convert import FORMS, LIBRARIES, Bench, PeerLogits, refuse_taken, summary, unproven
 from core.convert import convert as convert_adapter
 from core.errors import UserError
 from core.models import ResolvedModel
+from core.models.reference import original_of
 from core.protocols import DeviceReport
 from core.screen import logging_to
 from core.workflow.job import find_model, load_rows
@@ -44,14 +45,30 @@ def convert(source: str, *, to: str, output: str | None, model: str | None, data
         resolved = find_model(config, DeviceReport("", True, "", False, 0))
         architecture = read_architecture(resolved.path)
         adapter = found.read(architecture)
+        base_model = resolved.name
+        if architecture.mlx_bits is not None and "peft" in FORMS[to]:
+            base_model = _original(base_model)
         bench = _bench(config, resolved, architecture)
         _log.info("comparing %s", " and ".join(LIBRARIES[form] for form in BOTH if form not in bench.left_out))
         done = convert_adapter(
-            found, adapter, folder, to=to, base_model=resolved.name, architecture=architecture, bench=bench
+            found, adapter, folder, to=to, base_model=base_model, architecture=architecture, bench=bench
         )
-        for line in ["", *summary(done, bench), "", f"next: python cli.py train --init-adapter {folder}"]:
+        for line in ["", *summary(done, bench), ""]:
             _log.info(line)
+        for gap in unproven(done, bench):
+            _log.warning(gap)
+        _log.info("next: python cli.py train --init-adapter %s", folder)
     return 0
+
+
+def _original(name: str) -> str:
+    """The model that PEFT can read, of one that MLX quantised."""
+    if (original := original_of(name)) is None:
+        raise UserError(
+            f"{name}: quantised by MLX, which PEFT can't read",
+            hint="give the original model with --model, or use --to mlx",
+        )
+    return original
 
 
 def _bench(config: RunConfig, model: ResolvedModel, architecture: Architecture) -> Bench:

@@ -16,7 +16,7 @@ from core.architecture import Architecture, read_architecture
 from core.census import census, refuse_wide
 from core.config import MoeConfig, RunConfig, to_plain
 from core.errors import UserError
-from core.init_adapter import read_init_adapter
+from core.init_adapter import read_init_adapter, read_kept
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
 from core.protocols import Backend, DeviceReport, Learner
@@ -72,7 +72,7 @@ def prepare(
     Args:
         choose_bits: lets `auto` choose 16 bits for a small model.
         sources: where the settings came from.
-        init_adapter: where the adapter to start from lies now, if there is one.
+        init_adapter: of a run that is resumed, its copy of the adapter that it started from, if there is one.
     """
     backend, device = find_backend(config)
     config = changed(config, backend=backend.name)
@@ -98,7 +98,9 @@ def _first_adapter(
     if config.lora.init_adapter is None:
         router = config.moe.train_router
         return config, plan_adapter(config.lora, architecture, seed=config.train.seed, router=router)
-    folder = folder or Path(config.lora.init_adapter)
+    if folder is not None:
+        return config, read_kept(folder, dropout=config.lora.dropout)
+    folder = Path(config.lora.init_adapter)
     init = read_init_adapter(folder, config.lora, architecture, model=model.name, sources=sources)
     for note in init.notes:
         _log.info(note)

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from core.errors import UserError
+from core.float32 import use_whole_float32
 from core.parity_record import (
     CPU_TOKEN_BUDGET,
     Record,
     certified,
     record_four_bits,
     record_training,
-    use_whole_float32,
     without_four_bits,
     write_record,
 )

@@ -12,7 +12,7 @@ from core.adapter import Adapter, plan_adapter
 from core.adapter_files import AdapterFolder, Form, find_adapter, write_adapter
 from core.architecture import Architecture, read_architecture
 from core.config import LoraConfig
-from core.convert import Bench, Conversion, PeerLogits, convert, summary
+from core.convert import Bench, Conversion, PeerLogits, convert, summary, unproven
 from core.errors import UserError
 from core.protocols import IGNORE, Batch
 from tests.tiny import make_model
@@ -114,7 +114,14 @@ def test_logits_that_are_not_numbers(setting: Setting) -> None:
 def test_a_library_that_is_not_here_is_said(setting: Setting) -> None:
     done, bench = setting.convert(lambda form: library(), left_out={"mlx": "it is not installed here"})
     assert [end.form for end in done.ends] == ["peft"]
-    assert "not in mlx-lm: it is not installed here" in "\n".join(summary(done, bench))
+    assert unproven(done, bench) == ["not proven in mlx-lm: it is not installed here"]
+
+
+def test_nothing_is_written_where_nothing_can_prove_it(setting: Setting) -> None:
+    reasons = {"mlx": "it is not installed here", "peft": "the base model needs 94 GB, of 16 here"}
+    with pytest.raises(UserError, match="nothing here can prove the conversion: mlx-lm: it is not installed"):
+        setting.convert(lambda form: library(), left_out=reasons)
+    assert not (setting.folder / "written").exists()
 
 
 def test_a_folder_that_is_taken_stays(setting: Setting) -> None:

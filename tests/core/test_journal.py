@@ -304,3 +304,19 @@ def test_sync_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     journal.sync()
     assert synced == [(tmp_path / JOURNAL).stat().st_ino]
     journal.close()
+
+
+def test_the_csv_has_the_numbers_of_a_routing_and_no_lists(tmp_path: Path) -> None:
+    routing = {"entropy": 0.9, "entropy_min": 0.8, "entropy_min_layer": 3, "moved_max": 0.1, "moved_max_layer": 2}
+    full = record(0, aux_loss=2.25, routing={**routing, "collapsed": [1], "shares": [[0.5, 0.5]]})
+    journal = Journal(tmp_path)
+    journal.append(full)
+    journal.append(record(1))
+    journal.close()
+    Journal(tmp_path, keep_bytes=(tmp_path / JOURNAL).stat().st_size).close()  # writes the exports anew
+    records, array, table = read_all(tmp_path)
+    assert records == array == [full, record(1)]
+    assert table[0]["aux_loss"] == "2.25"
+    assert {name: table[0][f"routing.{name}"] for name in routing} == {n: str(v) for n, v in routing.items()}
+    assert table[1]["routing.entropy"] == ""
+    assert not [name for name in table[0] if "shares" in name or "collapsed" in name or name == "routing"]

@@ -349,6 +349,57 @@ def test_wide_and_high_terminals_get_the_evaluations(run: FakeRun) -> None:
     assert "base model" not in text(found, 80, 24)
 
 
+def routing(num_layers: int = 4, *, collapsed: list[int] | None = None) -> dict[str, Any]:
+    """Of 8 experts, even in every layer but the second: 0.4 there for the first expert, nothing for the last."""
+    even, second = [0.125] * 8, [0.4, 0.3, 0.125, 0.1, 0.025, 0.025, 0.025, 0.0]
+    scalars = {"entropy": 0.94, "entropy_min": 0.77, "entropy_min_layer": 1, "moved_max": 0.31, "moved_max_layer": 1}
+    return {**scalars, "collapsed": collapsed or [], "shares": [even, second, *([even] * (num_layers - 2))]}
+
+
+def with_routing(run: FakeRun, **values: Any) -> monitor.Snapshot:
+    run.until_60()
+    run.record(100, val_loss=1.8, probe_loss=1.7, gap=0.1, gap_low=0.05, gap_high=0.2, grade="GOOD", **values)
+    return monitor.snapshot(run.folder)
+
+
+def test_a_mixture_shows_its_routing_and_a_map_where_there_is_room(run: FakeRun) -> None:
+    snapshot = with_routing(run, routing=routing())
+    small, large = text(snapshot, 80, 24), text(snapshot, 100, 50)
+    for shown in (small, large):
+        assert "experts: entropy 0.94 (lowest 0.77, layer 1)" in shown
+        assert "moved 0.31 from the base model (layer 1)" in shown
+    assert "▒▒" not in small
+    assert re.search(r"^ +0  (▒▒){8}$", large, re.M)
+    assert re.search(r"^ +1  ████▒▒▒▒$", large, re.M)
+    assert re.search(r"^ +3  (▒▒){8}$", large, re.M)
+
+
+def test_a_map_of_many_layers_shows_means_of_neighbours(run: FakeRun) -> None:
+    shown = text(with_routing(run, routing=routing(32)), 100)
+    rows = re.findall(r"^ +(\d+-\d+)  \S", shown, re.M)
+    assert rows[:2] == ["0-1", "2-3"]
+    assert len(rows) == 16
+    # the mean of even and 0.4, 0.3, 0.125, 0.1, 0.025 ..: 2.1, 1.7, 1, 0.9, 0.6, 0.6, 0.6, 0.5 times even
+    assert re.search(r"^ +0-1  ██▓▓▒▒▒▒░░░░░░░░$", shown, re.M)
+
+
+def test_a_collapse_is_a_warning(run: FakeRun) -> None:
+    snapshot = with_routing(run, routing=routing(collapsed=[1, 3]))
+    assert "experts: the routing collapsed in training, in layers 1, 3" in snapshot.warnings
+
+
+@pytest.mark.parametrize("damaged", [None, 3, {"shares": "x"}, {"entropy": "?", "shares": [[]], "collapsed": 1}])
+def test_a_damaged_routing_is_left_out(run: FakeRun, damaged: Any) -> None:
+    shown = text(with_routing(run, routing=damaged), 100, 50)
+    assert "experts" not in shown
+    assert "1.800" in shown
+
+
+def test_without_utf8_a_map_keeps_its_shades(run: FakeRun) -> None:
+    shown = text(with_routing(run, routing=routing()), 100, 50, encoding="ascii")
+    assert re.search(r"^ +1  ####::::$", shown, re.M)
+
+
 def test_without_utf8_all_is_ascii_and_nothing_is_lost(run: FakeRun) -> None:
     run.until_60()
     shown = text(monitor.snapshot(run.folder), 80, 24, encoding="ascii")

@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from core.overfitting import Gap
+from core.routing import Routing, RoutingReport
 from core.screen import (
     LOGGER,
     TrainScreen,
@@ -188,3 +190,36 @@ def test_a_pipe_is_wide_enough_for_whole_lines(capsys: pytest.CaptureFixture[str
     line = "x" * 190
     make_console().print(line)
     assert capsys.readouterr().out == line + "\n"
+
+
+def test_aux_loss_is_said_where_there_is_one() -> None:
+    assert "loss 1.235  aux loss 2.047  lr" in record_line(record(aux_loss=2.0468), total_steps=60)
+    assert "aux" not in record_line(record(), total_steps=60)
+
+
+def routing_lines(now: list[list[int]], *, step: int) -> list[str]:
+    """What is said of these counts, after even ones and a second layer that collapsed before training."""
+    tokens = sum(now[0]) // 2
+    base = Routing.measure(np.array([[tokens // 2] * 4, [tokens, tokens, 0, 0]]), num_tokens=tokens)
+    report = RoutingReport(Routing.measure(np.array(now), num_tokens=tokens), base)
+    stream = io.StringIO()
+    console = Console(file=stream, width=200)
+    with logging_to(console):
+        TrainScreen(total_steps=60, console=console).show_routing(report, step=step)
+    return stream.getvalue().splitlines()
+
+
+def test_routing_is_a_line_after_the_evaluation() -> None:
+    assert routing_lines([[50, 50, 50, 50], [100, 100, 0, 0]], step=0) == [
+        "  experts: entropy 0.75 (lowest 0.50, layer 1)",
+        "  experts: unbalanced before training already: layer 1: expert 0 gets 100 % of its tokens",
+    ]
+    assert routing_lines([[60, 50, 50, 40], [100, 100, 0, 0]], step=20) == [
+        "  experts: entropy 0.75 (lowest 0.50, layer 1), moved 0.05 from the base model (layer 0)",
+    ]
+
+
+def test_a_collapse_in_training_is_warned_of() -> None:
+    assert routing_lines([[30, 40, 99, 31], [100, 100, 0, 0]], step=20)[1:] == [
+        "warning: experts: the routing collapsed in training: layer 0: expert 2 gets 99 % of its tokens",
+    ]

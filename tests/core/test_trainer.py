@@ -216,3 +216,56 @@ def test_resuming_does_not_need_the_files_that_a_checkpoint_does_not_hold(tmp_pa
     shutil.rmtree(tmp_path / "parts" / ROW_LOSSES)
     second = Run(tmp_path / "parts", config)
     assert second.run() == "finished"
+
+
+def mixture(folder: Path, *, stop_at: int | None = None) -> Run:
+    return Run(folder, make_config(), learner=FakeLearner(routes=True), stop_at=stop_at)
+
+
+def test_routing_is_in_the_records_of_evaluations(tmp_path: Path) -> None:
+    run = mixture(tmp_path / "run")
+    run.run()
+    found = {record["step"]: record["routing"] for record in run.records() if "routing" in record}
+    assert list(found) == [0, 5, 10, 15, 16]
+    tokens = sum(batch.num_real_tokens for batch in FakeData().validation)
+    assert found[0]["moved_max"] == 0.0
+    assert found[10]["moved_max"] == pytest.approx(2 * 10 / (2 * tokens))
+    assert found[10]["moved_max_layer"] == 0
+    assert found[10]["entropy_min"] == pytest.approx(0.5)  # two of four, used alike
+    assert found[10]["entropy_min_layer"] == 1
+    assert found[10]["shares"][1] == [0.5, 0.5, 0.0, 0.0]
+    assert run.screen.routings == [0, 5, 10, 15, 16]
+    best = run.trainer.stopping.best_step
+    kept = {name: value for name, value in found[best].items() if name not in ("shares", "collapsed")}
+    assert run.trainer.progress.best_routing == kept
+
+
+def test_aux_loss_is_the_mean_over_the_windows_tokens(tmp_path: Path) -> None:
+    run = mixture(tmp_path / "run")
+    run.run()
+    record = next(record for record in run.records() if record["step"] == 4)
+    data, config = FakeData(), make_config()
+    size = config.train.accumulation
+    tokens = [sum(b.num_real_tokens for b in data.epoch(0)[i : i + size]) for i in range(0, 8, size)]
+    weighted = sum(count * (step + count) for step, count in enumerate(tokens, start=1))
+    assert record["aux_loss"] == pytest.approx(weighted / sum(tokens))
+    assert "aux_loss" not in run.records()[0]
+
+
+@pytest.mark.parametrize("stop_at", [2, 7, 15])
+def test_a_resumed_mixture_still_knows_its_first_routing(tmp_path: Path, stop_at: int) -> None:
+    whole = mixture(tmp_path / "whole")
+    whole.run()
+    mixture(tmp_path / "parts", stop_at=stop_at).run()
+    resumed = mixture(tmp_path / "parts")
+    resumed.run()
+    assert resumed.records() == whole.records()
+    assert resumed.trainer.progress.base_routing == whole.trainer.progress.base_routing
+    assert resumed.trainer.progress.best_routing == whole.trainer.progress.best_routing
+
+
+def test_a_dense_model_has_no_such_fields(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", make_config())
+    run.run()
+    assert not [record for record in run.records() if {"routing", "aux_loss"} & record.keys()]
+    assert run.trainer.progress.best_routing is None

@@ -204,6 +204,7 @@ MISTAKES: list[tuple[tuple[object, ...], str]] = [
     (("compare", "one"), "parity compare one: no such form"),
     (("bogus",), "parity bogus: no such form"),
     (("compare", "one", "two", "--lr", 1e-3), "--lr has no effect"),
+    (("compare", "one", "two", "--steps", 20, "--skip-4bit"), "--steps, --skip-4bit has no effect"),
     (("--backend", "mlx"), "parity runs both backends"),
 ]
 
