@@ -26,7 +26,7 @@ _FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--init-adapter", "lora.init_adapter", str, "go on from an adapter: PEFT's, mlx-lm's or a run's"),
     ("--lr", "optim.lr", float, "peak learning rate"),
     ("--epochs", "train.epochs", float, "passes over the training rows"),
-    ("--max-steps", "train.max_steps", int, "stop after so many optimiser steps"),
+    ("--max-steps", "train.max_steps", int, "train for so many optimiser steps, whatever --epochs says"),
     ("--batch-size", "train.batch_size", int, "rows in a micro-batch"),
     ("--accumulation", "train.accumulation", int, "micro-batches in an optimiser step"),
     ("--eval-every", "eval.every", int, "optimiser steps between evaluations"),
@@ -53,7 +53,8 @@ def train(args: argparse.Namespace) -> int:
     if given := [flag for flag in _given(args) if flag not in _WHERE]:
         raise UserError(
             f"--resume continues with the run's own settings; {', '.join(given)} would change them",
-            hint=f"leave them out (only {', '.join(_WHERE)} may differ), or start a new run without --resume",
+            hint=f"only {', '.join(_WHERE)} may be given; to train on with other settings, start a new run with: "
+            "python cli.py train --init-adapter RUN",
         )
     folder = existing_run(args.resume or None)
     from core.workflow.train import resume

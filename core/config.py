@@ -140,7 +140,7 @@ class TrainConfig(Section):
     epochs: Positive = 3
     """Passes over the training rows; may be a fraction."""
     max_steps: Count | None = None
-    """Stop after so many optimiser steps, whatever `epochs` says."""
+    """Train for so many optimiser steps, fewer or more than `epochs` says."""
     batch_size: Count = 2
     """Rows in a micro-batch."""
     accumulation: Count = 4

@@ -72,6 +72,8 @@ class End:
     """Largest difference of a logit to the first end's."""
     effect: float
     """Largest difference of a logit to the base model's."""
+    base_loss: float
+    """Nats per target of the base model, in the same library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +151,19 @@ def summary(conversion: Conversion, bench: Bench) -> list[str]:
     ]
     lines.append(f"  values   B A of {len(adapter.modules)} modules read back: equal")
     if conversion.ends:
-        first = conversion.ends[0].report
-        lines.append(
-            f"  logits   {first.num_targets} tokens of {first.num_rows} rows, {bench.dtype}, each in its own library"
-        )
-        lines.append("                             loss   adapter's effect   largest difference   same token")
+        first = conversion.ends[0]
+        lines += [
+            f"  logits   {first.report.num_targets} tokens of {first.report.num_rows} rows, {bench.dtype}, "
+            "each folder in its own library",
+            "                              loss   effect   difference   same token",
+            f"           {'base model':<16}{first.base_loss:7.3f}",
+        ]
     for end in conversion.ends:
         name = f"{LIBRARIES[end.form]}, {'given' if end.folder == source.path else 'written'}"
         measured = ""
         if end is not conversion.ends[0]:
-            measured = f"{end.max_difference:21.1e}{end.report.greedy_agreement:13.1%}"
-        lines.append(f"           {name:<15} {end.report.target_loss:6.3f}{end.effect:19.3f}{measured}")
+            measured = f"{end.max_difference:13.1e}{end.report.greedy_agreement:13.1%}"
+        lines.append(f"           {name:<16}{end.report.target_loss:7.3f}{end.effect:9.3f}{measured}")
     if len(conversion.ends) > 1:
         largest = _size(conversion.ends[0].logits)
         lines.append(f"  equal    each logit to within {TOLERANCES[bench.dtype]:g} of the largest ({largest:.1f})")
@@ -222,7 +226,7 @@ def _end(form: Form, folder: Path, logits: PeerLogits, first: PeerLogits, bench:
     )
     report = compare_ends(source, target, base=base)
     difference, effect = _largest(logits.adapter, first.adapter), _largest(logits.adapter, logits.base)
-    return End(form, folder, logits, report, difference, effect)
+    return End(form, folder, logits, report, difference, effect, base_loss=float(base.nll.mean()))
 
 
 def _problem(end: End, first: PeerLogits, dtype: str) -> str | None:

@@ -47,6 +47,14 @@ class EarlyStopping:
             self.num_bad += 1
         return Decision(is_best, self.should_stop)
 
+    def rebase(self, best_loss: float) -> None:
+        """Goes on with the best step's loss as measured anew, on other weights.
+
+        The loss of the last renewal moves by as much; evaluations that were counted stay counted.
+        """
+        self.reference_loss += best_loss - self.best_loss
+        self.best_loss = best_loss
+
     @property
     def should_stop(self) -> bool:
         return self.patience is not None and self.num_bad >= self.patience

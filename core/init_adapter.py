@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter, LoraModule, first_layer, target_keys
-from core.adapter_files import find_adapter
+from core.adapter_files import AdapterFolder
 from core.architecture import Architecture
 from core.config import LoraConfig
 from core.errors import UserError
 from core.files import disk_errors, read_json, to_json, write_atomic
+from core.models import ResolvedModel
+from core.models.fingerprint import model_fingerprint
+from core.models.reference import original_of
 
 FLAG = "--init-adapter"
 COPY = "init_adapter"
@@ -79,26 +82,38 @@ class InitAdapter:
 
 
 def read_init_adapter(
-    folder: Path, lora: LoraConfig, architecture: Architecture, *, model: str, sources: Mapping[str, str]
+    found: AdapterFolder, lora: LoraConfig, architecture: Architecture, *, sources: Mapping[str, str]
 ) -> InitAdapter:
     """Reads the adapter and settles `lora` with it.
 
     Args:
-        model: name of the base model of this run.
         sources: dotted name of a setting -> where its value came from, as in `core.settings.Settings`.
 
     Raises:
         UserError: no adapter, one that can't be carried or does nothing, or a typed setting that it contradicts.
     """
-    found = find_adapter(folder)
     adapter = replace(found.read(architecture), dropout=lora.dropout)
     if HEAD in adapter.modules:
         raise UserError(f"{found.path}: it adapts {HEAD}, which can't be trained here", hint="train one without it")
     settled = _settled(adapter, lora, architecture)
     notes = list(_differences(found.path, lora, settled, sources))
-    if found.base_model is not None and Path(found.base_model).name != Path(model).name:
-        notes.append(f"{found.path}: made for {found.base_model}, and now put on {model}")
     return InitAdapter(adapter, settled, tuple(notes))
+
+
+def other_base(found: AdapterFolder, model: ResolvedModel) -> str | None:
+    """A line when the adapter was made for another base model, as far as the names and the files tell.
+
+    Shapes alone do not: the versions of a model, or its base and its instruct form, have the same.
+    """
+    made_for = found.base_model
+    if made_for is None or made_for == model.name or original_of(made_for) == model.name:
+        return None
+    there = Path(made_for)
+    if there.is_dir():
+        is_same = model_fingerprint(there) == model_fingerprint(model.path)
+    else:
+        is_same = there.name == Path(model.name).name or original_of(model.name) == made_for
+    return None if is_same else f"{found.path}: made for {made_for}, not for {model.name}; is that what you mean?"
 
 
 def _settled(adapter: Adapter, lora: LoraConfig, architecture: Architecture) -> LoraConfig:

@@ -9,7 +9,7 @@ A checkpoint holds its place and the moves so far, so all of it survives what ha
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig
 from core.errors import UserError
 from core.handoff import TOLERANCE, RowCheck, check_rows
+from core.models.fingerprint import model_traits
 from core.models.reference import original_of
 from core.optimizer_state import is_adamw, is_eight_bit
 from core.protocols import Batch, DeviceReport, Learner, RowLosses
@@ -27,6 +28,9 @@ from core.row_losses import read_row_losses
 PLACE = "place"
 """Under this name a checkpoint's trainer.json holds its place, and in it `MOVES`."""
 MOVES = "moves"
+MAX_LOSS_DIFFERENCE = 0.5
+"""Nats per target between a replayed validation loss and what was measured before, from which a run does not go on: no
+rounding of the same model explains so much."""
 FOUR_BITS = {"mlx": "MLX's affine groups of 64", "cuda": "NF4"}
 LIBRARY = {"mlx": "MLX", "cuda": "PyTorch"}
 
@@ -58,12 +62,24 @@ class Place:
     """`model.bits`."""
     architecture: Mapping[str, Any]
     """The fields of `core.architecture.Architecture`."""
+    traits: Mapping[str, Any] = field(default_factory=dict)
+    """`core.models.fingerprint.model_traits`; empty in checkpoints of earlier versions."""
 
     @classmethod
-    def of(cls, config: RunConfig, device: DeviceReport, architecture: Architecture) -> Place:
+    def of(
+        cls, config: RunConfig, device: DeviceReport, architecture: Architecture, *, folder: Path | None = None
+    ) -> Place:
+        """`folder` is the model's, where there is one."""
         auto = "bfloat16" if device.accelerator else "float32"
-        compute = auto if config.model.dtype == "auto" else config.model.dtype
-        return cls(config.backend, device.device, device.accelerator, compute, config.model.bits, asdict(architecture))
+        return cls(
+            backend=config.backend,
+            device=device.device,
+            accelerator=device.accelerator,
+            compute=auto if config.model.dtype == "auto" else config.model.dtype,
+            bits=config.model.bits,
+            architecture=asdict(architecture),
+            traits={} if folder is None else model_traits(folder),
+        )
 
     @property
     def mlx_bits(self) -> int | None:
@@ -80,6 +96,10 @@ class Place:
         if self.mlx_bits != other.mlx_bits:
             return False
         return self.backend == other.backend or not self.is_four_bit
+
+    def measures_as(self, other: Place) -> bool:
+        """Whether losses measured in the two places can be compared: the same weights in the same precision."""
+        return self.has_base_of(other) and self.compute == other.compute
 
     def to_dict(self, moves: Sequence[Move]) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -191,11 +211,26 @@ def _refuse_form_of_mlx(config: RunConfig, *, written: str, typed: Collection[st
 def is_other_rounding(before: Place | None, now: Place) -> bool:
     """Whether two model folders that differ may be one model in two forms: MLX's 4-bit weights, and the original.
 
-    Only for a run that moved to another backend; the hand-off check then says what it did to the losses.
+    Only for a run that moved to another backend. Shapes are no proof: `other_traits` says what else is known of
+    the two, and `arrive` judges the losses.
     """
     if before is None or before.backend == now.backend or before.mlx_bits is now.mlx_bits is None:
         return False
     return _without_bits(before) == _without_bits(now)
+
+
+def other_traits(before: Place, now: Place) -> list[str]:
+    """`rope theta 10000 there, 500000 here`, for what both model folders say and say differently."""
+    shared = [name for name in before.traits if name in now.traits and before.traits[name] != now.traits[name]]
+    return [
+        "another tokenizer" if name == "tokenizer" else f"{name} {_said(before, name)} there, {_said(now, name)} here"
+        for name in shared
+    ]
+
+
+def _said(place: Place, name: str) -> str:
+    value = place.traits[name]
+    return f"{value:g}" if isinstance(value, float) else str(value or "none")
 
 
 def _without_bits(place: Place) -> dict[str, Any]:
@@ -242,6 +277,8 @@ class Arrival:
     lines: tuple[str, ...] = ()
     """For people, each with a heading of at most eight letters."""
     warnings: tuple[str, ...] = ()
+    is_other_base: bool = False
+    """Whether losses from before were measured on other weights or in another compute type."""
 
     def is_measured_here(self, step: int) -> bool:
         """Whether `step` was evaluated since the last move."""
@@ -264,6 +301,9 @@ def arrive(
     Args:
         state: content of the run's state file, for checkpoints that don't say where they were made.
         verify: replays rows, as `replay_last_evaluation`.
+
+    Raises:
+        UserError: the replayed loss is another model's.
     """
     before, moves = place_of(checkpoint), moves_of(checkpoint, state)
     after = moved_to(moves, place, from_step=checkpoint.step)
@@ -275,13 +315,31 @@ def arrive(
         return Arrival(after)
     if after != moves:
         lines.insert(0, f"moved    from {last.backend} on {last.device} to {place.backend} on {place.device}")
+    other_base = last.backend != place.backend if before is None else not place.measures_as(before)
     check = verify()
     if check is None:
-        return Arrival(after, tuple(lines))
+        nothing = "hand-off: no losses measured before are there to hold this end against"
+        return Arrival(after, tuple(lines), (nothing,), is_other_base=other_base)
     source = backend_at(moves, check.step)
+    _refuse_other_model(check, source=source, start=config.start, state=state)
     lines.append(f"hand-off {said(check, source=source, start=config.start)}")
     exact = before is not None and is_exact(before, place) and Arrival(moves).is_measured_here(check.step)
-    return Arrival(after, tuple(lines), tuple(_problems(check, exact=exact)))
+    return Arrival(after, tuple(lines), tuple(_problems(check, exact=exact)), is_other_base=other_base)
+
+
+def _refuse_other_model(check: RowCheck, *, source: str, start: str, state: Mapping[str, Any]) -> None:
+    """However alike the files are: a loss this far off is not what the run was trained on."""
+    difference = abs(check.target_loss - check.source_loss)
+    if difference <= MAX_LOSS_DIFFERENCE:
+        return
+    nothing = "; the adapter does not change the output of the base model here" if check.does_nothing else ""
+    model = state.get("model")
+    same = f"give the model that it was trained on{f' ({model})' if model else ''}, in any rounding, with --model"
+    raise UserError(
+        f"hand-off {said(check, source=source, start=start)}: {difference:.2f} nats apart, more than the "
+        f"{MAX_LOSS_DIFFERENCE:g} that another rounding explains{nothing}",
+        hint=f"{same}; or go on where it was, with --backend {source}",
+    )
 
 
 def is_exact(before: Place, now: Place) -> bool:

@@ -366,11 +366,11 @@ def _step_differences(steps: list[StepComparison], one: StepRecord, other: StepR
 def _unproven(record: Record) -> Iterator[str]:
     optim, steps = record.config["optim"], record.steps
     decay, rates = optim["weight_decay"], sum(step.lr for step in steps)
-    if decay and rates * decay < DECAY_MARGIN * ADAPTER_TOLERANCE:
+    if decay and 0 < rates * decay < DECAY_MARGIN * ADAPTER_TOLERANCE:
         enough = math.ceil(100 * DECAY_MARGIN * ADAPTER_TOLERANCE / rates) / 100
         yield (
-            f"weight decay is too small here to be proven: {decay:g} shortens the adapter by {rates * decay:.1g} of its "
-            f"length in {len(steps)} steps, the tolerance is {ADAPTER_TOLERANCE:g}; "
+            f"weight decay is too small here to be proven: {decay:g} shortens the adapter by {rates * decay:.1g} of "
+            f"its length in {len(steps)} steps, the tolerance is {ADAPTER_TOLERANCE:g}; "
             f"prove it with --set optim.weight_decay={enough:g}"
         )
     limit, largest = optim["max_grad_norm"], max(step.grad_norm for step in steps)

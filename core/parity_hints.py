@@ -12,8 +12,8 @@ JUMP = 10.0
 """One that is more than so many times the largest before came with its step."""
 
 _UPDATE = (
-    "the first update differs: the optimiser's formula (bias correction, epsilon, momentum), the clipping or the rate "
-    "it was given"
+    "the first update differs: the optimiser's formula (bias correction, epsilon, momentum, a strong weight "
+    "decay), the clipping or the rate it was given"
 )
 HINTS: dict[str, str] = {
     "base losses": (

@@ -6,7 +6,9 @@ Everything worth keeping goes through the `twinkeel` logger, so the file and a p
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +24,10 @@ from core.routing import RoutingReport, describe, routing_parts
 
 LOGGER = logging.getLogger("twinkeel")
 GRADE_STYLES = {"EXCELLENT": "green", "GOOD": "green", "MODERATE": "yellow", "CRITICAL": "red"}
+
+
+REMEDY = "try a lower optim.lr or, if the router is trained, a higher moe.aux_loss_weight"
+"""What holds against a collapse of the routing."""
 
 
 def duration(seconds: float) -> str:
@@ -160,7 +166,7 @@ class TrainScreen:
         if step == 0 and (before := report.base.collapsed()):
             LOGGER.info("  experts: unbalanced before training already: %s", describe(before))
         if report.collapses:
-            LOGGER.warning("experts: the routing collapsed in training: %s", describe(report.collapses))
+            LOGGER.warning("experts: the routing collapsed in training: %s; %s", describe(report.collapses), REMEDY)
 
     def _update(self, **values: Any) -> None:
         if self._bar is not None:
@@ -175,10 +181,39 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = Text(record.getMessage())
-        if record.levelno >= logging.WARNING:
-            line = Text("warning: ", "yellow").append(line)
+        is_warning = record.levelno >= logging.WARNING
+        text = ("warning: " if is_warning else "") + record.getMessage()
+        if self._console.is_terminal:  # a file, or a program, gets whole lines
+            text = wrapped(text, self._console.width)
+        line = Text(text)
+        if is_warning:
+            line.stylize("yellow", 0, len("warning:"))
         self._console.print(line, soft_wrap=True)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of `width`, broken between words; what follows stands under the second column, if there is one.
+
+    `  model    name · backend` has its second column at 11.
+    """
+    lines = []
+    for line in text.split("\n"):
+        start = re.match(r"\s*\S+\s{2,}|warning: |\s*", line)
+        indent = min(len(start[0]) if start else 0, width // 3)
+        lines += (
+            textwrap.wrap(
+                line,
+                width,
+                subsequent_indent=" " * indent,
+                break_long_words=False,
+                break_on_hyphens=False,
+                drop_whitespace=True,
+                replace_whitespace=False,
+            )
+            if len(line) > width
+            else [line]
+        )
+    return "\n".join(lines)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +31,16 @@ from core.moves import (
     arrive,
     is_other_rounding,
     moved_to,
+    other_traits,
     place_of,
     plain,
     replay_last_evaluation,
 )
 from core.plots import write_training_curves
 from core.protocols import Learner, Tensors
+from core.remeasure import remeasure
 from core.row_losses import read_row_losses
-from core.run import ADAPTERS, CONFIG, LOG, RunState, read_state, write_summary
+from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_summary
 from core.screen import TrainScreen, count, logging_to_file
 from core.signals import InterruptFlag
 from core.trainer import Trainer, plan_steps
@@ -60,7 +63,7 @@ class Session:
         self._console = console
         self._plan = plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch)
         self._census = census.census(learner.weights())
-        self._place = Place.of(job.config, job.device, job.architecture)
+        self._place = Place.of(job.config, job.device, job.architecture, folder=job.model.path)
         self._arrival = Arrival(moved_to((), self._place, from_step=0))
 
     def begin(self) -> int:
@@ -84,6 +87,8 @@ class Session:
         else:
             self._refuse_changes(checkpoint)
             self._arrival = self._arrive(checkpoint, checkpointer)
+            if self._arrival.is_other_base:
+                checkpoint = self._remeasured(checkpoint, checkpointer)
         return self._run(checkpointer, checkpoint)
 
     def _arrive(self, checkpoint: Checkpoint, checkpointer: Checkpointer) -> Arrival:
@@ -102,6 +107,21 @@ class Session:
                 validation=self._job.data.validation,
             ),
         )
+
+    def _remeasured(self, checkpoint: Checkpoint, checkpointer: Checkpointer) -> Checkpoint:
+        found = remeasure(
+            checkpoint,
+            read_best=checkpointer.read,
+            initial=self._job.adapter,
+            learner=self._learner,
+            data=self._job.data,
+            config=self._config,
+        )
+        arrival = self._arrival
+        self._arrival = replace(
+            arrival, lines=(*arrival.lines, *found.lines), warnings=(*arrival.warnings, *found.warnings)
+        )
+        return found.checkpoint
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
@@ -236,7 +256,13 @@ class Session:
     def _refuse_changes(self, checkpoint: Checkpoint) -> None:
         saved = checkpoint.trainer["identity"]
         changed = [name for name, value in self._job.identity.items() if saved.get(name) != value]
-        if "model" in changed and is_other_rounding(place_of(checkpoint), self._place):
+        before = place_of(checkpoint)
+        if "model" in changed and before is not None and is_other_rounding(before, self._place):
+            if others := other_traits(before, self._place):
+                raise UserError(
+                    f"{self._config.model.path}: not another rounding of the run's model: {'; '.join(others)}",
+                    hint=f"give the run's own model ({read_state(self._folder).get('model')}) with --model",
+                )
             _log.warning(
                 "%s: other files than before, accepted as another rounding of the model", self._config.model.path
             )
@@ -309,7 +335,7 @@ class Session:
             f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
             f"  plan     {self._plan.total_steps} steps of {config.train.batch_size * config.train.accumulation} rows, "
-            f"{config.train.epochs:g} epochs · watch it with: python cli.py monitor",
+            f"{self._epochs()} · watch it with: python cli.py monitor{self._named()}",
         ]
         if checkpoint is not None:
             lines.append(f"  resumed  after step {checkpoint.step}, from {checkpoint.path}")
@@ -317,7 +343,16 @@ class Session:
             _log.info(line)
         for warning in self._arrival.warnings:
             _log.warning(warning)
-        self._warn_of_rare_evaluations()
+        if checkpoint is None:
+            self._warn_of_rare_evaluations()
+
+    def _epochs(self) -> str:
+        epochs = self._plan.total_steps / self._plan.steps_per_epoch
+        return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+
+    def _named(self) -> str:
+        """` FOLDER` where commands without it would look at another run."""
+        return "" if self._folder.parent == RUNS else f" {self._folder}"
 
     def _warn_of_rare_evaluations(self) -> None:
         patience, every, total = self._config.guard.patience, self._config.eval.every, self._plan.total_steps
@@ -325,8 +360,9 @@ class Session:
         if patience is not None and num_evaluations <= patience:
             better = max(total // (2 * (patience + 1)), 1)
             _log.warning(
-                "early stopping can't act: %d evaluations in %d steps, patience %d; try --eval-every %d",
+                "early stopping can't act: %d evaluation%s in %d steps, patience %d; try --eval-every %d",
                 num_evaluations,
+                "" if num_evaluations == 1 else "s",
                 total,
                 patience,
                 better,

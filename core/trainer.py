@@ -81,9 +81,9 @@ class Plan:
 def plan_steps(config: RunConfig, *, batches_per_epoch: int) -> Plan:
     """Optimiser steps of the run: the last group of an epoch may be short, no step spans two epochs."""
     steps_per_epoch = math.ceil(batches_per_epoch / config.train.accumulation)
-    total = math.ceil(config.train.epochs * steps_per_epoch - 1e-9)  # 1.1 x 50 is a little more than 55
-    if config.train.max_steps is not None:
-        total = min(total, config.train.max_steps)
+    total = config.train.max_steps
+    if total is None:
+        total = math.ceil(config.train.epochs * steps_per_epoch - 1e-9)  # 1.1 x 50 is a little more than 55
     return Plan(steps_per_epoch=steps_per_epoch, total_steps=max(total, 1))
 
 

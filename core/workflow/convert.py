@@ -10,18 +10,21 @@ from rich.console import Console
 
 import backends
 from backends import peer
-from core.adapter_files import BOTH, Form, find_adapter
+from core.adapter_files import BOTH, AdapterFolder, Form, find_adapter
 from core.architecture import Architecture, read_architecture
 from core.config import DataConfig, ModelConfig, RunConfig
 from core.convert import FORMS, LIBRARIES, Bench, PeerLogits, refuse_taken, summary, unproven
 from core.convert import convert as convert_adapter
 from core.errors import UserError
+from core.init_adapter import other_base
 from core.models import ResolvedModel
 from core.models.reference import original_of
 from core.protocols import DeviceReport
 from core.screen import logging_to
 from core.workflow.job import find_model, load_rows
 
+_NO_DEVICE = DeviceReport(backend="", available=True, device="", accelerator=False, memory_bytes=0)
+"""The device matters for `model.path auto` only."""
 _log = logging.getLogger("twinkeel")
 
 
@@ -42,14 +45,17 @@ def convert(source: str, *, to: str, output: str | None, model: str | None, data
         config = RunConfig(
             model=settings, data=DataConfig(path=data or DataConfig().path, max_tokens=64, train_on="all")
         )
-        resolved = find_model(config, DeviceReport("", True, "", False, 0))
+        resolved = _base_of(found, config, is_typed=model is not None)
+        if (warning := other_base(found, resolved)) is not None:
+            _log.warning(warning)
         architecture = read_architecture(resolved.path)
         adapter = found.read(architecture)
         base_model = resolved.name
         if architecture.mlx_bits is not None and "peft" in FORMS[to]:
             base_model = _original(base_model)
         bench = _bench(config, resolved, architecture)
-        _log.info("comparing %s", " and ".join(LIBRARIES[form] for form in BOTH if form not in bench.left_out))
+        used = [form for form in BOTH if form in {found.form, *FORMS[to]} and form not in bench.left_out]
+        _log.info("running the base model in %s", " and ".join(LIBRARIES[form] for form in used))
         done = convert_adapter(
             found, adapter, folder, to=to, base_model=base_model, architecture=architecture, bench=bench
         )
@@ -57,8 +63,30 @@ def convert(source: str, *, to: str, output: str | None, model: str | None, data
             _log.info(line)
         for gap in unproven(done, bench):
             _log.warning(gap)
-        _log.info("next: python cli.py train --init-adapter %s", folder)
+        for line in _next(folder, to=to, base_model=base_model):
+            _log.info(line)
     return 0
+
+
+def _base_of(found: AdapterFolder, config: RunConfig, *, is_typed: bool) -> ResolvedModel:
+    try:
+        return find_model(config, _NO_DEVICE)
+    except UserError as error:
+        if is_typed:
+            raise
+        raise UserError(
+            f"{found.path} names its base model, but: {error.what}", hint="give yours with --model"
+        ) from None
+
+
+def _next(folder: Path, *, to: str, base_model: str) -> list[str]:
+    """What to type now."""
+    uses = {
+        "mlx": f'use    mlx_lm.generate --model {base_model} --adapter-path {folder} --prompt "…"',
+        "peft": f'use    PeftModel.from_pretrained(base_model, "{folder}")',
+    }
+    more = f"train  python cli.py train --init-adapter {folder} --data ROWS.jsonl"
+    return [f"  {line}" for line in (*(uses[form] for form in FORMS[to]), more)]
 
 
 def _original(name: str) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 
 import backends
 from core.adapter import Adapter, plan_adapter, trains_router
+from core.adapter_files import find_adapter
 from core.architecture import Architecture, read_architecture
 from core.census import census, refuse_wide
 from core.config import MoeConfig, RunConfig, to_plain
 from core.errors import UserError
-from core.init_adapter import read_init_adapter, read_kept
+from core.init_adapter import other_base, read_init_adapter, read_kept
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
 from core.protocols import Backend, DeviceReport, Learner
@@ -75,7 +76,7 @@ def prepare(
         init_adapter: of a run that is resumed, its copy of the adapter that it started from, if there is one.
     """
     backend, device = find_backend(config)
-    config = changed(config, backend=backend.name)
+    config = changed(_on_its_base(config), backend=backend.name)
     model = find_model(config, device)
     config = _with_model(config, model, choose_bits=choose_bits)
     architecture = read_architecture(model.path)
@@ -84,6 +85,17 @@ def prepare(
         _log.warning(warning)
     data = load_rows(config, model, architecture)
     return Job(config, backend, device, model, architecture, adapter, data)
+
+
+def _on_its_base(config: RunConfig) -> RunConfig:
+    """`auto` with an adapter to go on from means the model that the adapter is for, not the largest that fits."""
+    if config.model.path != "auto" or config.lora.init_adapter is None:
+        return config
+    base = find_adapter(Path(config.lora.init_adapter)).base_model
+    if base is None:
+        raise UserError(f"{config.lora.init_adapter}: it does not say its base model", hint="give it with --model")
+    _log.info("auto: %s, which the adapter was made for", base)
+    return changed(config, model=config.model.model_copy(update={"path": base}))
 
 
 def _first_adapter(
@@ -100,10 +112,12 @@ def _first_adapter(
         return config, plan_adapter(config.lora, architecture, seed=config.train.seed, router=router)
     if folder is not None:
         return config, read_kept(folder, dropout=config.lora.dropout)
-    folder = Path(config.lora.init_adapter)
-    init = read_init_adapter(folder, config.lora, architecture, model=model.name, sources=sources)
+    found = find_adapter(Path(config.lora.init_adapter))
+    init = read_init_adapter(found, config.lora, architecture, sources=sources)
     for note in init.notes:
         _log.info(note)
+    if (warning := other_base(found, model)) is not None:
+        _log.warning(warning)
     return changed(config, lora=init.lora), init.adapter
 
 

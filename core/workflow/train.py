@@ -59,7 +59,8 @@ def resume(folder: Path, *, flags: Mapping[str, tuple[str, Any]] | None = None, 
         if state.get("status") in COMPLETE:
             raise UserError(
                 f"{folder}: already {state['status'].replace('_', ' ')}; nothing to resume",
-                hint=f"see its verdict with: python cli.py monitor {folder} --once",
+                hint=f"its verdict: python cli.py monitor {folder} --once; to train its adapter on, in a new run: "
+                f"python cli.py train --init-adapter {folder}",
             )
         with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
             job = prepare(_config_here(folder, flags or {}), choose_bits=False, init_adapter=folder / COPY)

@@ -145,7 +145,7 @@ def test_adapter_of_a_peer_there_and_back(
     assert there.code == 0, there.err
     back = run_cli("convert", "there", "--to", form, *rows)
     assert back.code == 0, back.err
-    assert "next: python cli.py train --init-adapter there-" in back.out
+    assert "python cli.py train --init-adapter there-" in back.out
 
     base, expected, again = logits_in(form, model, None, given, tmp_path / f"there-{form}", scratch=tmp_path)
     (elsewhere,) = logits_in(other, model, tmp_path / "there", scratch=tmp_path)

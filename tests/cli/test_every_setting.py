@@ -50,6 +50,7 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "model.bits": "4",
     "model.dtype": "bfloat16",
     "model.trust_remote_code": "true",
+    "model.cache_packed": ("false", ("model.path=./moe", "model.bits=4")),
     "data.path": "./other.jsonl",
     "data.fields": "{prompt: completion, completion: prompt}",
     "data.max_tokens": "44",

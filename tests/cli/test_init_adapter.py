@@ -18,6 +18,7 @@ from core.checkpoint import Checkpointer
 from core.journal import JOURNAL
 from tests.backends.conftest import skip_without
 from tests.cli.conftest import Result, filled_adapter
+from tests.tiny import make_model
 
 Train = Callable[..., Result]
 
@@ -121,3 +122,20 @@ def test_generate_uses_an_adapter_of_several_ranks(train: Train, run_cli: Train,
     result = run_cli("generate", "run", "--prompt", "Say red 1.", "--max-tokens", "4")
     assert result.code == 0, result.err
     assert "adapter" in result.out
+
+
+def test_auto_means_the_model_of_the_adapter(run_cli: Train, rows: Path, given: Path, model: Path) -> None:
+    options = ("--data", rows, "--bits", 16, "--device", "cpu", "--max-steps", 1, "--max-tokens", 96)
+    result = run_cli("train", "--output", "run", "--init-adapter", given, *options)
+    assert result.code == 0, result.err
+    assert f"auto: {model}, which the adapter was made for" in result.out
+
+
+def test_another_base_of_the_same_shape_is_warned_of(train: Train, given: Path, model: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "elsewhere" / model.name, seed=9)
+    result = train("--output", "run", "--init-adapter", given, "--model", other)
+    assert result.code == 0, result.err
+    assert f"{given}: made for {model}, not for {other}" in result.out
+    shutil.copytree(model, tmp_path / "moved")
+    result = train("--output", "run2", "--init-adapter", given, "--model", tmp_path / "moved")
+    assert "made for" not in result.out

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -198,6 +199,58 @@ def test_the_best_adapter_of_another_base_is_no_mistake_at_the_end(
     assert read(tmp_path / "run" / "training_summary.json")["best_step"] == 10
 
 
+def test_what_is_compared_with_is_measured_again_on_another_base(
+    stopped: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and best loss, gap and patience are those of NF4 from then on: in the verdict and in every checkpoint.
+
+    The losses on MLX's weights are made a nat too low: had they stayed, no step after would be the best, and the run
+    would stop early.
+    """
+    from core import trainer as module
+
+    real = module.measure_gap
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure_gap", lambda *args, **more: lowered(real(*args, **more)))
+        stopped("--backend", "mlx", "--bits", 4, "--dropout", 0, "--patience", 1, "--set", "guard.min_delta=0.01")
+    before = read(newest_checkpoint(tmp_path / "run") / "trainer.json")
+    result = run_cli("train", "--resume", "run", "--backend", "cuda")
+    assert result.code == 0, result
+    assert "  measured base model " in result.out and "best adapter, of step 10, " in result.out
+    base, best = measured_with_nf4(tmp_path / "run", before)
+    summary = read(tmp_path / "run" / "training_summary.json")
+    assert summary["base_val_loss"] == pytest.approx(base, rel=1e-5)
+    assert summary["status"] == "finished" and summary["best_step"] > 10 and summary["best_val_loss"] < best
+    after = read(newest_checkpoint(tmp_path / "run") / "trainer.json")
+    assert after["progress"]["base_val_loss"] == summary["base_val_loss"]
+    records = read(tmp_path / "run" / "training_metrics.json")
+    assert before["early_stopping"]["best_loss"] < best - 0.9
+    assert [record["val_loss"] for record in records if record["step"] == 10] == [before["early_stopping"]["best_loss"]]
+
+
+def lowered(gap: Any) -> Any:
+    return replace(gap, val_loss=gap.val_loss - 1.0)
+
+
+def measured_with_nf4(run: Path, before: dict[str, Any]) -> tuple[float, float]:
+    """Validation loss of the base model and of the adapter of step 10, by the CUDA backend alone."""
+    from core.settings import load_config
+    from core.workflow.job import opened, prepare
+
+    saved = Checkpointer(run, keep=9).read(before["early_stopping"]["best_step"])
+    assert saved is not None
+    job = prepare(load_config(run / "config.yaml"), choose_bits=False)
+    with opened(job) as learner:
+        base = learner.evaluate(job.data.validation).mean
+        learner.import_state(TrainState(saved.state.adapter, {}))
+        return base, learner.evaluate(job.data.validation).mean
+
+
+def test_on_the_same_base_nothing_is_measured_again(stopped: Train, run_cli: Train) -> None:
+    stopped("--backend", "mlx")
+    assert "  measured " not in run_cli("train", "--resume", "run", "--backend", "cuda").out
+
+
 def test_a_compute_type_that_differs_is_named(stopped: Train, run_cli: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that says it comes from an accelerator: bfloat16 there, float32 here."""
     from core.moves import Place
@@ -210,6 +263,7 @@ def test_a_compute_type_that_differs_is_named(stopped: Train, run_cli: Train, mo
         stopped("--backend", "mlx")
     result = run_cli("train", "--resume", "run", "--backend", "cuda")
     assert result.code == 0 and "differs  compute type: bfloat16 there, float32 here" in result.out
+    assert "  measured base model " in result.out
 
 
 def test_a_new_end_that_computes_something_else_is_warned_of(
@@ -231,7 +285,7 @@ def test_an_adapter_that_does_nothing_at_the_new_end_is_warned_of(
     """Values that are silently skipped look like a healthy base model."""
     from backends.mlx.learner import MlxLearner
 
-    stopped("--backend", "cuda", "--bits", 4)
+    stopped("--backend", "cuda", "--bits", 4, "--lr", 2e-4)
     monkeypatch.setattr(MlxLearner, "import_state", lambda self, state: None)
     result = run_cli("train", "--resume", "run", "--backend", "mlx")
     assert "warning: hand-off: the adapter does not change the output of the base model here" in result.out
@@ -296,14 +350,14 @@ def test_another_model_other_data_or_other_settings_are_refused_and_leave_all_as
     stopped("--backend", "mlx")
     other = make_model(tmp_path / "other", seed=5)
     rows = write_rows(tmp_path / "others.jsonl", num_rows=20)
-    kept = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    kept = contents(tmp_path / "run")
     resume = ("train", "--resume", "run", "--backend", "cuda")
     assert_refused(run_cli(*resume, "--model", other), "the model changed since step 10")
     assert_refused(run_cli(*resume, "--data", rows), "the data changed since step 10")
     assert_refused(run_cli(*resume, "--lr", "1"), "--lr", "--backend, --device, --model, --data")
     assert_refused(run_cli(*resume, "--preset", "quickstart"), "--preset")
     assert_refused(run_cli("train", "--resume", "run", "--backend", "tpu"), "backend", "tpu")
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == kept
+    assert contents(tmp_path / "run") == kept
 
 
 def test_a_missing_backend_gives_way(
@@ -370,6 +424,31 @@ def test_from_a_quantised_folder_to_the_original_model(
     assert "accepted as another rounding of the model" in result.out
     assert "differs  4-bit base: MLX's affine groups of 64 there, NF4 here" in result.out
     assert "hand-off step 10: validation loss" in result.out and "warning: hand-off" not in result.out
+
+
+def test_another_model_of_the_same_shape_is_refused_by_its_losses(
+    stopped: Train, run_cli: Train, quantised_model: Path, tmp_path: Path
+) -> None:
+    stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
+    kept = contents(tmp_path / "run")
+    other = make_model(tmp_path / "other", seed=5)
+    refused = run_cli("train", "--resume", "run", "--backend", "cuda", "--model", other)
+    assert_refused(refused, "nats apart, more than the 0.5 that another rounding explains", "--model", "--backend mlx")
+    assert "hand-off step 10: validation loss " in refused.err
+    assert contents(tmp_path / "run") == kept
+
+
+def test_a_model_whose_files_say_something_else_is_refused(
+    stopped: Train, run_cli: Train, quantised_model: Path, tmp_path: Path
+) -> None:
+    stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
+    other = make_model(tmp_path / "other", rope_theta=50000.0, new_rope_style=True)
+    refused = run_cli("train", "--resume", "run", "--backend", "cuda", "--model", other)
+    assert_refused(refused, "not another rounding", "rope theta 10000 there, 50000 here", "--model")
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_on_one_backend_other_weights_stay_refused(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from core.journal import FIELDS, MACHINE_FIELDS
+from core.journal import COLUMNS, MACHINE_FIELDS
 from tests.cli.conftest import Result
 
 Train = Callable[..., Result]
@@ -51,7 +51,7 @@ def check_metrics(run: Path) -> None:
     records = json.loads((run / "training_metrics.json").read_text())
     assert records == [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = list(csv.DictReader((run / "training_metrics.csv").open()))
-    assert list(rows[0]) == list(FIELDS)
+    assert list(rows[0]) == list(COLUMNS)
     assert [int(row["step"]) for row in rows] == [record["step"] for record in records]
     evaluated = [record["step"] for record in records if "val_loss" in record]
     assert evaluated == [0, 5, 10, 15, 20]

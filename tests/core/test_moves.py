@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from core.architecture import Architecture
 from core.checkpoint import Checkpoint
 from core.config import RunConfig
 from core.errors import UserError
+from core.models.fingerprint import model_traits
 from core.models.reference import original_of
 from core.monitor_screen import backends_of
 from core.moves import (
@@ -24,6 +27,7 @@ from core.moves import (
     is_other_rounding,
     moved_to,
     moves_of,
+    other_traits,
     place_of,
 )
 from core.protocols import DeviceReport
@@ -228,6 +232,52 @@ def test_another_rounding_of_the_model() -> None:
     assert not is_other_rounding(None, place(H200)), "an older checkpoint"
     wider = replace(place(H200), architecture={**asdict(ARCHITECTURE), "intermediate_size": 256})
     assert not is_other_rounding(there, wider)
+
+
+def model_folder(folder: Path, config: dict[str, Any], tokenizer: dict[str, Any] | None = None) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+TOKENS = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<end>"}]}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
+
+
+def test_traits_are_the_same_however_a_folder_writes_them(tmp_path: Path) -> None:
+    """Old and new rope keys; a tokenizer whose tokens come in another order."""
+    other_form = {"added_tokens": TOKENS["added_tokens"], "model": {"vocab": {"b": 1, "a": 0}, "merges": []}}
+    old = {"rope_theta": 500000, "rope_scaling": {"type": "llama3", "factor": 8.0}}
+    new = {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}
+    ours = model_traits(model_folder(tmp_path / "old", old, TOKENS))
+    assert ours == model_traits(model_folder(tmp_path / "new", new, other_form))
+    assert ours["rope theta"] == 500000.0 and ours["rope scaling"] == LLAMA3 and len(ours["tokenizer"]) == 64
+    plain = model_traits(model_folder(tmp_path / "plain", {"rope_theta": 1e4, "rope_scaling": None}))
+    default = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert plain == model_traits(model_folder(tmp_path / "default", default)) == {"rope theta": 1e4, "rope scaling": {}}
+    assert model_traits(model_folder(tmp_path / "silent", {})) == {}
+
+
+def test_what_two_folders_say_differently(tmp_path: Path) -> None:
+    renamed = {**TOKENS, "model": {"vocab": {"a": 1, "b": 0}}}
+    there = replace(place(MAC), traits=model_traits(model_folder(tmp_path / "a", {"rope_theta": 1e4}, TOKENS)))
+    changed = {"rope_theta": 5e5, "rope_scaling": LLAMA3}
+    here = replace(place(H200), traits=model_traits(model_folder(tmp_path / "b", changed, renamed)))
+    assert other_traits(there, here) == ["rope theta 10000 there, 500000 here", "another tokenizer"]
+    assert other_traits(there, place(H200)) == [], "where one says nothing"
+    unscaled = replace(here, traits={**here.traits, "rope scaling": {}})
+    (scaling, *_) = other_traits(unscaled, here)
+    assert scaling == "rope scaling none there, {'rope_type': 'llama3', 'factor': 8.0} here"
+
+
+def test_losses_can_be_compared_on_the_same_weights_in_the_same_precision() -> None:
+    wide: dict[str, Any] = {"model": {"bits": 16}}
+    assert place(MAC, **wide).measures_as(place(H200, **wide))
+    assert not place(H200, **wide).measures_as(place(CPU, **wide)), "bfloat16 there, float32 here"
+    assert not place(MAC).measures_as(place(H200)), "two roundings to 4 bits"
+    assert place(H200).measures_as(place(H200))
 
 
 # --- what the monitor says --------------------------------------------------------------------------------------------

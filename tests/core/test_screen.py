@@ -23,6 +23,7 @@ from core.screen import (
     logging_to_file,
     make_console,
     record_line,
+    wrapped,
 )
 
 GAP = Gap(val_loss=1.25, probe_loss=1.0, low=0.125, high=0.375, grade="MODERATE")
@@ -221,5 +222,31 @@ def test_routing_is_a_line_after_the_evaluation() -> None:
 
 def test_a_collapse_in_training_is_warned_of() -> None:
     assert routing_lines([[30, 40, 99, 31], [100, 100, 0, 0]], step=20)[1:] == [
-        "warning: experts: the routing collapsed in training: layer 0: expert 2 gets 99 % of its tokens",
+        "warning: experts: the routing collapsed in training: layer 0: expert 2 gets 99 % of its tokens; "
+        "try a lower optim.lr or, if the router is trained, a higher moe.aux_loss_weight",
     ]
+
+
+def test_long_lines_break_between_words_under_their_second_column() -> None:
+    line = "  model    /a/path/to/a/model · mlx · 16-bit weights, float32 compute"
+    assert wrapped(line, 44).split("\n") == [
+        "  model    /a/path/to/a/model · mlx · 16-bit",
+        "           weights, float32 compute",
+    ]
+    assert wrapped(line, 200) == line
+    assert wrapped("warning: one two three four", 20).split("\n") == ["warning: one two", "      three four"]
+    assert wrapped("short\n/a/very/long/path/without/a/blank", 20) == "short\n/a/very/long/path/without/a/blank"
+
+
+def test_a_terminal_gets_wrapped_lines_and_a_pipe_whole_ones() -> None:
+    text = "step 20: validation 1.842  probe 1.801  gap 0.041  EXCELLENT  best so far, and on and on"
+    found = {}
+    for is_terminal in (True, False):
+        stream = io.StringIO()
+        console = Console(file=stream, width=60, force_terminal=is_terminal, color_system=None)
+        with logging_to(console):
+            LOGGER.info(text)
+        found[is_terminal] = stream.getvalue().splitlines()
+    assert found[False] == [text]
+    assert len(found[True]) == 2 and max(map(len, found[True])) <= 60
+    assert " ".join(found[True]).split() == text.split()

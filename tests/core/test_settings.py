@@ -247,6 +247,7 @@ BAD_VALUES = [
     ("lora.frozen_fraction", "1.0"),
     ("lora.rslora", "often"),
     ("lora.init_adapter", "[x]"),
+    ("model.cache_packed", "perhaps"),
     ("optim.name", "adam"),
     ("optim.lr", "0"),
     ("optim.lr", "-1e-4"),

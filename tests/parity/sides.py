@@ -102,6 +102,11 @@ def _no_clipping(patch: pytest.MonkeyPatch, job: Job) -> Job:
     return _opened_with(patch, job, lambda config: config.model_copy(update={"optim": plain}))
 
 
+def _no_weight_decay(patch: pytest.MonkeyPatch, job: Job) -> Job:
+    plain = job.config.optim.model_copy(update={"weight_decay": 0.0})
+    return _opened_with(patch, job, lambda config: config.model_copy(update={"optim": plain}))
+
+
 def _opened_with(patch: pytest.MonkeyPatch, job: Job, change: Callable[[Any], Any]) -> Job:
     right = job.backend.open
     patch.setattr(job.backend, "open", lambda config, model, initial: right(change(config), model, initial))
@@ -186,6 +191,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch, Job], Job]] = {
     "no bias correction": _no_bias_correction,
     "no smoothing": _no_smoothing,
     "no clipping": _no_clipping,
+    "no weight decay": _no_weight_decay,
     "shifted targets": _shifted_targets,
     "other token": _other_token,
     "prompt targets": _prompt_targets,

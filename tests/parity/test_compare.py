@@ -85,7 +85,9 @@ def test_a_row_beyond_tolerance(a: Record, b: Record, place: str, step: int, fac
     assert f"row {b.rows.row_ids[2]}:" in first.detail and f"1 of {len(b.rows.row_ids)}" in first.detail
 
 
-@pytest.mark.parametrize(("step", "hint"), [(1, "label smoothing"), (2, "bias correction"), (4, "rounding that grows")])
+@pytest.mark.parametrize(
+    ("step", "hint"), [(1, "label smoothing"), (2, "bias correction"), (4, "special in this step")]
+)
 def test_a_gradient_norm_beyond_tolerance(a: Record, b: Record, step: int, hint: str) -> None:
     norm = b.steps[step - 1].grad_norm
     first = compare(a, at_step(b, step, grad_norm=norm * (1 + 1.1e-3))).first
@@ -93,10 +95,84 @@ def test_a_gradient_norm_beyond_tolerance(a: Record, b: Record, step: int, hint:
     assert hint in first.hint and first.where == f"gradient norm of step {step}"
 
 
+STEADY = [0.0, 2.8e-4, 5.5e-4, 8.2e-4, 1.1e-3]
+"""In proportion to the steps taken, as a weight decay that one side lacks."""
+GROWING = [1e-7, 3e-6, 3e-5, 3e-4, 3e-3]
+
+
+@pytest.mark.parametrize(("apart", "hint"), [(STEADY, "weight_decay=0"), (GROWING, "rounding that grows")])
+def test_a_difference_that_grows_says_how(a: Record, b: Record, apart: list[float], hint: str) -> None:
+    for step, change in enumerate(apart, start=1):
+        b = at_step(b, step, grad_norm=b.steps[step - 1].grad_norm * (1 + change))
+    first = compare(a, b).first
+    assert first is not None and (first.place, first.step) == ("gradient norm", 5)
+    assert hint in first.hint
+
+
 def test_an_adapter_beyond_tolerance_with_equal_losses(a: Record, b: Record) -> None:
+    """One tensor that is shorter all over, and one that is elsewhere by as much."""
     first = compare(a, with_adapter(b, 1.1e-3)).first
     assert first is not None and (first.place, first.step) == ("final adapter", 5)
-    assert NAME in first.detail
+    assert NAME in first.detail and "weight decay that one side lacks" in first.hint
+    tensor = b.adapter[NAME].copy()
+    tensor[0, 0] += np.float32(1.1e-3 * np.linalg.norm(tensor))
+    first = compare(a, replace(b, adapter={NAME: tensor})).first
+    assert first is not None and first.place == "final adapter" and "optim.eps" in first.hint
+
+
+def test_losses_are_divided_by_each_sides_own_targets(a: Record, b: Record) -> None:
+    """A side that counts a target less gives a sum that is smaller, and the same mean."""
+    counts, nll = list(b.rows.num_targets), list(b.rows.base_nll)
+    nll[1] *= (counts[1] - 1) / counts[1]
+    counts[1] -= 1
+    report = compare(a, replace(b, rows=replace(b.rows, num_targets=counts, base_nll=nll)))
+    assert report.base_rows[1].difference == pytest.approx(0.0, abs=1e-12)
+    first = report.first
+    assert first is not None and (first.place, first.step) == ("base losses", 0)
+    assert first.detail == f"validation row {b.rows.row_ids[1]} is summed over {counts[1] + 1} and {counts[1]} targets"
+
+
+def test_what_was_before_training_has_its_name(a: Record, b: Record) -> None:
+    """With an initial adapter, its scale shows in the losses before the first step."""
+
+    def from_adapter(record: Record) -> Record:
+        config = {**record.config, "lora": {**record.config["lora"], "init_adapter": "given"}}
+        return replace(record, config=config, four_bits=with_four_bits(record.rows, ids=[1], added=0.5))
+
+    wrong = with_rows(b, base_nll=1.5)
+    base, initial = (compare(f(a), f(wrong)) for f in (lambda record: record, from_adapter))
+    assert base.first is not None and base.first.place == "base losses" and "scale" not in base.first.hint
+    assert initial.first is not None and initial.first.place == "initial losses"
+    assert "initial adapter: its scale (alpha, rank, rslora)" in initial.first.hint
+    assert initial.to_dict()["start"] == "initial adapter" and base.to_dict()["start"] == "base model"
+    shown = page(initial, 100)
+    assert "part first at: initial losses" in shown and "initial adapter  " in shown and "base" not in shown
+
+
+# --- what is too weak to be proven ------------------------------------------------------------------------------------
+
+
+def test_settings_without_an_effect_are_said_not_to_be_proven(a: Record, b: Record) -> None:
+    """A decay takes the sum of the rates times itself off the adapter; twice the tolerance of 1e-3 is enough."""
+    rates = sum(step.lr for step in a.steps)
+
+    def unproven(**optim: Any) -> list[str]:
+        one, other = (replace(record, config={**record.config, "optim": optim}) for record in (a, b))
+        return compare(one, other).unproven
+
+    largest = max(step.grad_norm for step in a.steps)
+    assert unproven(weight_decay=2.1e-3 / rates, max_grad_norm=0.99 * largest) == []
+    assert unproven(weight_decay=0.0, max_grad_norm=None) == []
+    decay, clipping = unproven(weight_decay=1.9e-3 / rates, max_grad_norm=1.01 * largest)
+    assert decay.startswith("weight decay is too small here to be proven") and clipping.startswith("clipping never")
+
+
+def test_what_is_not_proven_is_on_the_page_and_in_the_report(a: Record, b: Record) -> None:
+    config = {**a.config, "optim": {**a.config["optim"], "weight_decay": 1e-4}}
+    report = compare(replace(a, config=config), replace(b, config=config))
+    assert report.verdict == "same" and "not proven  weight decay is too small here" in page(report, 100)
+    assert report.to_dict()["not_proven"] == report.unproven != []
+    assert "not proven" not in page(compare(a, at_step(b, 2, loss=9.0)), 100)
 
 
 def test_an_adapter_that_is_zero_on_both_sides_is_equal(a: Record, b: Record) -> None:
@@ -210,8 +286,12 @@ def test_the_report_as_a_file(a: Record, b: Record, tmp_path: Path) -> None:
     assert plain["tolerances"] == {"loss": 1e-4, "grad_norm": 1e-3, "adapter": 1e-3, "loss_floor": 0.01}
     assert [side["backend"] for side in plain["sides"]] == ["mlx", "cuda"]
     assert plain["steps"][1]["losses"] == [a.steps[1].loss, 9.0]
-    assert plain["rows"]["worst_final"][0]["row"] == b.rows.row_ids[2]
-    assert plain["adapter"] == [{"name": NAME, "difference": 0.0}]
+    assert [row["row"] for row in plain["rows"]["final"]] == b.rows.row_ids, "all of them, side by side"
+    assert plain["rows"]["final"][2]["difference"] == pytest.approx(2 / 3)
+    assert [row["losses"][1] for row in plain["rows"]["base"]] == [
+        nll / count for nll, count in zip(b.rows.base_nll, b.rows.num_targets, strict=True)
+    ]
+    assert plain["adapter"] == [{"name": NAME, "difference": 0.0, "is_length": False}]
 
 
 def page(report: Report, width: int) -> str:

@@ -40,6 +40,11 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "lion": ("llama-old-rope", {"optim": {"name": "lion", "lr": 3e-4}}),
     "adafactor": ("llama-old-rope", {"optim": {"name": "adafactor"}}),
 }
+DECAYS = {
+    "strong-decay": ("llama-old-rope", {"optim": {"weight_decay": 1.0}}),
+    "weak-decay": ("llama-old-rope", {"optim": {"weight_decay": 0.01, "lr": 2e-4}}),
+}
+"""Trained for few steps only; the second has the settings' defaults."""
 
 # fault -> side it is planted on, model, where it must be found
 FAULTS: dict[str, tuple[str, str, str, int | None]] = {
@@ -49,10 +54,13 @@ FAULTS: dict[str, tuple[str, str, str, int | None]] = {
     "scale": ("cuda", "llama-old-rope", "gradient norm", 1),
     "no smoothing": ("mlx", "llama-old-rope", "gradient norm", 1),
     "no bias correction": ("mlx", "llama-old-rope", "loss", 2),
+    "no weight decay": ("mlx", "strong-decay", "gradient norm", 2),
     "no clipping": ("mlx", "sgd", "loss", 2),
     "other token": ("mlx", "llama-old-rope", "inputs", 3),
     "prompt targets": ("cuda", "llama-old-rope", "targets", 2),
 }
+NO_DECAY = {"slow decay": ("llama-old-rope", NUM_STEPS), "weak decay": ("weak-decay", FEW_STEPS)}
+"""MLX without weight decay, where it shows late, and where it is too small to be found, which is said."""
 
 
 pytestmark = pytest.mark.timeout(600)  # the records of all tests are made in the first one
@@ -66,17 +74,22 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parity")
     rows = write_rows(root / "rows.jsonl")
     models = {name: make_model(root / "models" / name, **kw) for name, kw in MODELS.items()}
-    plain = {name: sections(models[model], rows, **changes) for name, (model, changes) in TRAININGS.items()}
+    plain = {name: sections(models[model], rows, **changes) for name, (model, changes) in (TRAININGS | DECAYS).items()}
     for backend in ("mlx", "cuda"):
         out = root / backend
         jobs = [{"sections": plain[name], "steps": NUM_STEPS, "out": out / name} for name in TRAININGS]
-        few = {training for _, training, _, _ in FAULTS.values()}
+        few = {training for _, training, _, _ in FAULTS.values()} | set(DECAYS)
         jobs += [{"sections": plain[name], "steps": FEW_STEPS, "out": out / f"few-{name}"} for name in sorted(few)]
         jobs += [
             {"sections": plain[training], "steps": FEW_STEPS, "out": out / fault, "fault": fault}
             for fault, (side, training, _, _) in FAULTS.items()
             if side == backend
         ]
+        if backend == "mlx":
+            jobs += [
+                {"sections": plain[training], "steps": steps, "out": out / name, "fault": "no weight decay"}
+                for name, (training, steps) in NO_DECAY.items()
+            ]
         record_side(backend, jobs)
     return root
 
@@ -122,3 +135,24 @@ def test_a_planted_fault_is_found_where_it_first_shows(recorded: Path, fault: st
     assert report.first is not None
     assert (report.first.place, report.first.step) == (place, step), report.first
     assert report.verdict == ("not comparable" if place in ("inputs", "targets") else "different")
+
+
+def test_a_weight_decay_that_shows_late_is_not_taken_for_rounding(recorded: Path) -> None:
+    found = compare(read_record(recorded / "mlx" / "slow decay"), read_record(recorded / "cuda" / "llama-old-rope"))
+    first = found.first
+    assert first is not None and first.step is not None and 2 < first.step < NUM_STEPS
+    assert "weight_decay=0: if they agree then" in first.hint and "rounding" not in first.hint
+
+
+def test_a_weight_decay_that_is_too_weak_to_be_proven_is_named(recorded: Path) -> None:
+    """A side that ignores it passes at the defaults in so few steps: so that is said, and with which value it shows."""
+    weak = compare(read_record(recorded / "mlx" / "weak decay"), read_record(recorded / "cuda" / "few-weak-decay"))
+    assert weak.verdict == "same"
+    (line,) = (line for line in weak.unproven if "decay" in line)
+    assert line.startswith("weight decay is too small here to be proven: 0.01 shortens the adapter by")
+    enough = float(line.rpartition("=")[2])
+    rates = sum(step.lr for step in weak.a.steps)
+    assert rates * enough == pytest.approx(2e-3, rel=0.01)
+    strong = _compared(recorded, "few-strong-decay")
+    assert not [line for line in strong.unproven if "decay" in line]
+    assert not _compared(recorded, "llama-old-rope").unproven, "everything shows over fifty steps"
