@@ -119,7 +119,13 @@ def parity(args: argparse.Namespace) -> int:
             settings = _settings(args)
             from core.workflow.parity import record_parity
 
-            return record_parity(settings, steps=_steps(args), four_bits=not args.skip_4bit, console=make_console())
+            return record_parity(
+                settings,
+                steps=_steps(args),
+                four_bits=not args.skip_4bit,
+                console=make_console(),
+                typed=None if args.one_of_two else _typed(args),
+            )
         case []:
             return _parity_of_both(args)
     raise UserError(
@@ -246,6 +252,8 @@ def _add_parity(commands: Any) -> None:
     _add_settings(command)
     command.add_argument("--steps", type=_count, help=f"optimiser steps (default: {PARITY_STEPS})")
     command.add_argument("--skip-4bit", action="store_true", help="leave out what 4-bit weights cost")
+    # the two sides of one command, which say nothing of what to type next
+    command.add_argument("--one-of-two", action="store_true", help=argparse.SUPPRESS)
     command.set_defaults(run_command=parity)
 
 

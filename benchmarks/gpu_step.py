@@ -19,26 +19,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-RESULT = ROOT / "benchmarks/results/gpu_step.json"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-LR, MAX_GRAD_NORM, BETAS = 1e-4, 1.0, (0.9, 0.999)
-WARM_UP = 3
+from benchmarks.common import (
+    BETAS,
+    LR,
+    MAX_GRAD_NORM,
+    RESULTS,
+    WARM_UP,
+    Step,
+    alternate,
+    in_new_process,
+    loss_difference,
+    machine,
+    make_batches,
+    medians,
+    now,
+    ratios,
+    usual_checkpointing,
+    usual_load_options,
+    usual_step,
+    write_model,
+)
+
+RESULT = RESULTS / "gpu_step.json"
 MAX_LOSS_DIFFERENCE = 0.02
 """Relative, of any step: both compute in bfloat16, in another order."""
 
@@ -66,91 +81,6 @@ class Turn:
     steps: int
 
 
-def write_model(folder: Path, shape: dict[str, Any], *, layers: int | None, device: str) -> int:
-    """A folder in Hugging Face layout with random weights, one shard in memory at a time. Returns its bytes."""
-    import torch
-
-    config = {
-        **shape,
-        "architectures": [f"{shape['model_type'].capitalize()}ForCausalLM"],
-        "num_hidden_layers": layers or shape["num_hidden_layers"],
-        "head_dim": shape["hidden_size"] // shape["num_attention_heads"],
-        "hidden_act": "silu",
-        "max_position_embeddings": 8192,
-        "sliding_window": None,  # mistral's default is 4096
-        "rms_norm_eps": 1e-5,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    place = torch.device("cuda" if device == "gpu" else "cpu")
-    random = torch.Generator(place).manual_seed(0)
-    shards = [_outer_shapes(config), *(_layer_shapes(config, layer) for layer in range(config["num_hidden_layers"]))]
-    where: dict[str, str] = {}
-    total = 0
-    for index, shapes in enumerate(shards, start=1):
-        name = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        total += _write_shard(folder / name, shapes, random)
-        where |= dict.fromkeys(shapes, name)
-    index_file = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    return total
-
-
-def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], random: Any) -> int:
-    import torch
-    from safetensors.torch import save_file
-
-    def draw(shape: tuple[int, ...]) -> torch.Tensor:
-        if len(shape) == 1:  # the norms
-            return torch.ones(shape, dtype=torch.bfloat16)
-        return torch.randn(shape, generator=random, device=random.device).mul_(0.02).to(torch.bfloat16).cpu()
-
-    tensors = {name: draw(shape) for name, shape in shapes.items()}
-    save_file(tensors, path, {"format": "pt"})
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _outer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    table = (config["vocab_size"], config["hidden_size"])
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": table[1:]}
-    return shapes if config["tie_word_embeddings"] else shapes | {"lm_head.weight": table}
-
-
-def _layer_shapes(config: dict[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
-    hidden, wide = config["hidden_size"], config["intermediate_size"]
-    query, key_value = (config[f"num_{name}_heads"] * config["head_dim"] for name in ("attention", "key_value"))
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    return {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
-
-
-def make_batches(turn: Turn, vocab_size: int) -> list[Any]:
-    """One `Batch` a step: rows of half the width to the whole, with the loss on the second half of each."""
-    from core.protocols import IGNORE, Batch
-
-    random = np.random.default_rng(0)
-    batches = []
-    for _ in range(WARM_UP + turn.steps):
-        inputs = random.integers(3, vocab_size, (turn.rows, turn.width), dtype=np.int32)
-        targets = np.full_like(inputs, IGNORE)
-        lengths = random.integers(turn.width // 2, turn.width + 1, turn.rows)
-        lengths[0] = turn.width
-        for row, length in enumerate(lengths):
-            inputs[row, length:] = 0
-            targets[row, length // 2 : length - 1] = inputs[row, length // 2 + 1 : length]
-        batches.append(Batch(np.arange(turn.rows), inputs, targets))
-    return batches
-
-
 # --- the tools: each loads the model, and gives a step from a batch to its loss ---------------------------------------
 
 
@@ -174,7 +104,7 @@ def first_adapter(turn: Turn) -> Any:
     return plan_adapter(configuration(turn).lora, read_architecture(Path(turn.folder)), seed=0)
 
 
-def load_ours(turn: Turn) -> Callable[[int, Any], Any]:
+def load_ours(turn: Turn) -> Step:
     import backends
     from core.models import ResolvedModel
 
@@ -184,19 +114,18 @@ def load_ours(turn: Turn) -> Callable[[int, Any], Any]:
     return lambda step, batch: learner.train_step([batch], step=step, lr=LR).loss
 
 
-def load_peer(turn: Turn) -> Callable[[int, Any], Any]:
+def load_peer(turn: Turn) -> Step:
     import torch
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from core.architecture import read_architecture
 
     logging.disable_progress_bar()
-    base = _peer_base(turn)
+    base = AutoModelForCausalLM.from_pretrained(turn.folder, **usual_load_options(device=turn.device, bits=turn.bits))
     if read_architecture(Path(turn.folder)).num_parameters >= 1e9:
-        # transformers 5.23 renamed it
-        new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
-        getattr(base, new if hasattr(base, new) else old)({"use_reentrant": False})
+        usual_checkpointing(base)
     keys = ["q_proj", "k_proj", "v_proj", "o_proj"]
     model = get_peft_model(
         base, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=keys, task_type="CAUSAL_LM")
@@ -206,51 +135,10 @@ def load_peer(turn: Turn) -> Callable[[int, Any], Any]:
     with torch.no_grad():
         for name, array in first_adapter(turn).tensors.items():
             trained[f"base_model.model.{name}.default.weight"].copy_(torch.from_numpy(array.copy()))
-    parameters = list(trained.values())
-    on_gpu = turn.device == "gpu"
-    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, weight_decay=0.0, fused=on_gpu or None)
-
-    def step(_: int, batch: Any) -> Any:
-        inputs, labels, mask = (tensor.to(base.device) for tensor in as_rows(batch))
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=on_gpu):
-            loss = model(input_ids=inputs, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+    return usual_step(model, on_gpu=turn.device == "gpu")
 
 
-def _peer_base(turn: Turn) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    on_gpu = turn.device == "gpu"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": "cuda:0" if on_gpu else "cpu"}}
-    if turn.bits == 4:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return AutoModelForCausalLM.from_pretrained(turn.folder, attn_implementation="sdpa", **options)
-
-
-def as_rows(batch: Any) -> tuple[Any, Any, Any]:
-    """Token ids, labels in the same place as their tokens (transformers shifts them itself), attention mask."""
-    import torch
-
-    labels = np.full(batch.targets.shape, -100, np.int64)
-    labels[:, 1:] = batch.targets[:, :-1]
-    inputs = batch.inputs.astype(np.int64)
-    return torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy((inputs != 0).astype(np.int64))
-
-
-TOOLS: dict[str, Callable[[Turn], Callable[[int, Any], Any]]] = {"twinkeel": load_ours, "peft": load_peer}
+TOOLS: dict[str, Callable[[Turn], Step]] = {"twinkeel": load_ours, "peft": load_peer}
 
 
 # --- one turn, in a process of its own --------------------------------------------------------------------------------
@@ -269,22 +157,18 @@ def take_turn(tool: str, turn: Turn) -> dict[str, Any]:
     torch.zeros(1, device=device)
     on_gpu = device.type == "cuda"
 
-    def wait() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    batches = make_batches(turn, read_architecture(Path(turn.folder)).vocab_size)
-    began = wait()
+    vocab_size = read_architecture(Path(turn.folder)).vocab_size
+    batches = make_batches(rows=turn.rows, width=turn.width, count=WARM_UP + turn.steps, vocab_size=vocab_size)
+    began = now(device)
     step = TOOLS[tool](turn)
-    load_seconds = wait() - began
+    load_seconds = now(device) - began
     load_peak = memory_stats(device).peak_bytes
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     losses = [step(number, batch) for number, batch in enumerate(batches[:WARM_UP], start=1)]
-    began = wait()
+    began = now(device)
     losses += [step(number, batch) for number, batch in enumerate(batches[WARM_UP:], start=WARM_UP + 1)]
-    seconds = wait() - began
+    seconds = now(device) - began
     tokens = sum(int(np.count_nonzero(batch.inputs)) for batch in batches[WARM_UP:])
     return {
         "tokens_per_second": tokens / seconds,
@@ -295,33 +179,21 @@ def take_turn(tool: str, turn: Turn) -> dict[str, Any]:
     }
 
 
-def in_new_process(tool: str, turn: Turn) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--turn", tool, json.dumps(vars(turn))]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
-
-
 FIGURES = ("tokens_per_second", "load_seconds", "load_peak_gb", "step_peak_gb")
 
 
 def compare(turn: Turn, repeats: int) -> dict[str, Any]:
     """Alternating turns: each tool's figures with their medians, and the median of the ratios ours / peer."""
-    turns: dict[str, list[dict[str, Any]]] = {tool: [] for tool in TOOLS}
-    for repeat in range(repeats):
-        # the first one changes, so that neither always finds what the other left behind
-        for tool in list(TOOLS) if repeat % 2 == 0 else reversed(TOOLS):
-            turns[tool].append(in_new_process(tool, turn))
-    pairs = list(zip(*turns.values(), strict=True))
-    difference = max(float(np.max(np.abs(np.divide(mine["losses"], theirs["losses"]) - 1.0))) for mine, theirs in pairs)
+    turns = alternate(list(TOOLS), repeats, lambda tool: in_new_process(__file__, [tool, json.dumps(vars(turn))]))
+    mine, theirs = turns.values()
+    difference = loss_difference(mine, theirs)
     assert difference < MAX_LOSS_DIFFERENCE, f"the tools' losses differ by {difference:.3g}: not the same training"
-    ratios = {f: [mine[f] / theirs[f] for mine, theirs in pairs] for f in FIGURES}
+    found = ratios(mine, theirs, FIGURES)
     return {
         "bits": turn.bits,
-        "ratio_median": {f: statistics.median(values) for f, values in ratios.items()},
-        "ratios": ratios,
-        "median": {t: {f: statistics.median(one[f] for one in runs) for f in FIGURES} for t, runs in turns.items()},
+        "ratio_median": {f: statistics.median(values) for f, values in found.items()},
+        "ratios": found,
+        "median": {tool: medians(runs, FIGURES) for tool, runs in turns.items()},
         "turns": turns,
         "largest_loss_difference": difference,
     }
@@ -329,7 +201,7 @@ def compare(turn: Turn, repeats: int) -> dict[str, Any]:
 
 def show(result: dict[str, Any]) -> None:
     for figure in FIGURES:
-        mine, theirs = (medians[figure] for medians in result["median"].values())
+        mine, theirs = (of_tool[figure] for of_tool in result["median"].values())
         low, high = min(result["ratios"][figure]), max(result["ratios"][figure])
         print(
             f"{result['bits']:>2} bits  {figure:<18} {mine:>10.4g} ours {theirs:>10.4g} peer   "
@@ -340,13 +212,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def facts(args: argparse.Namespace, *, model_bytes: int) -> dict[str, Any]:
-    from backends.cuda.backend import installed_packages
-    from backends.cuda.memory import choose_device, device_name
-
-    return {
-        "date": str(date.today()),
-        "device": device_name(choose_device(args.device)),
-        "versions": installed_packages(),
+    return machine(args.device) | {
         "shape": args.shape,
         "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
         "model_gb": model_bytes / 1e9,

@@ -162,7 +162,9 @@ def summary(conversion: Conversion, bench: Bench) -> list[str]:
         name = f"{LIBRARIES[end.form]}, {'given' if end.folder == source.path else 'written'}"
         measured = ""
         if end is not conversion.ends[0]:
-            measured = f"{end.max_difference:13.1e}{end.report.greedy_agreement:13.1%}"
+            agreement = end.report.greedy_agreement
+            assert agreement is not None, "both ends were replayed"
+            measured = f"{end.max_difference:13.1e}{agreement:13.1%}"
         lines.append(f"           {name:<16}{end.report.target_loss:7.3f}{end.effect:9.3f}{measured}")
     if len(conversion.ends) > 1:
         largest = _size(conversion.ends[0].logits)

@@ -76,7 +76,7 @@ def _draw_shares(
     top = max(shares.max() for shares in maps)
     for axes, shares, title in zip(panels, maps, titles, strict=True):
         image = _draw_map(axes, shares, cmap="viridis", low=0.0, high=top)
-        _write_numbers(axes, shares, light=lambda share: bool(share < 0.6 * top), form="{:.0f}")
+        _write_numbers(axes, shares, light=lambda share: bool(share < 0.6 * top), form="{:.{}f}")
         axes.set_title(title, fontsize=9)
     even = 100 / maps[0].shape[1]
     bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02)
@@ -89,7 +89,7 @@ def _draw_difference(figure: Figure, axes: Axes, difference: FloatArray) -> None
     # at least one per cent, so that nothing looks like much
     most = max(float(np.abs(difference).max()), 1.0)
     image = _draw_map(axes, difference, cmap="PuOr_r", low=-most, high=most)
-    _write_numbers(axes, difference, light=lambda change: bool(abs(change) > 0.6 * most), form="{:+.0f}")
+    _write_numbers(axes, difference, light=lambda change: bool(abs(change) > 0.6 * most), form="{:+.{}f}")
     axes.set_title("difference", fontsize=9)
     bar = figure.colorbar(image, ax=axes, fraction=0.1, pad=0.04)
     bar.ax.tick_params(labelsize=7)
@@ -109,7 +109,8 @@ def _write_numbers(axes: Axes, values: FloatArray, *, light: Any, form: str) -> 
     """The number in each cell, where there are few enough to read."""
     if values.size > MAX_NUMBERS:
         return
+    digits = 1 if np.abs(values).max() < 5 else 0
     for (layer, expert), value in np.ndenumerate(values):
         color = "white" if light(value) else "black"
-        text = form.format(value) if abs(value) >= 0.5 else "0"
+        text = form.format(value, digits) if abs(value) >= 0.5 * 10**-digits else "0"
         axes.text(expert, layer, text, ha="center", va="center", fontsize=6, color=color)

@@ -61,6 +61,14 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def free_name(name: str) -> str:
+    """A file or folder that is not there yet: `name`, or that with a number."""
+    free, number = name, 2
+    while Path(free).exists():
+        free, number = f"{name}-{number}", number + 1
+    return free
+
+
 def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

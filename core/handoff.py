@@ -8,10 +8,9 @@ and through the base model: what did the loss do, would the two say the same tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class HandoffReport:
-    """What replaying the same rows through both ends showed."""
+    """What replaying the same rows through both ends showed, or through one and what was measured at the other."""
 
     num_rows: int
     num_targets: int
@@ -37,10 +36,14 @@ class HandoffReport:
     """Nats per target at its new end."""
     max_difference: float
     """Largest difference of a row's mean loss between the ends, in nats."""
-    greedy_agreement: float
-    """Share of the targets at which both ends find the same token most likely."""
     max_effect: float
-    """Largest difference of a target's loss to the base model's at the new end: 0 for an adapter that does nothing."""
+    """Largest difference of a loss to the base model's at the new end, of a target's, or of a row's mean where only
+    those are known: 0 for an adapter that does nothing."""
+    greedy_agreement: float | None = None
+    """Share of the targets at which both ends find the same token most likely; None where one end is known by its
+    losses alone."""
+    has_effect: bool = True
+    """Whether the adapter is one that changes the base model: a first one, with B zero, does not."""
 
     @property
     def loss_difference(self) -> float:
@@ -55,36 +58,20 @@ class HandoffReport:
         return self.max_effect > 0.0
 
     @property
-    def problem(self) -> str | None:
-        """One line when something is wrong, for ends that share a base."""
-        if not self.moves_output:
+    def does_nothing(self) -> bool:
+        """Whether an adapter that should change the base model's losses leaves them as they are."""
+        return self.has_effect and not self.moves_output
+
+    def problem(self, *, exact: bool = True) -> str | None:
+        """One line when something is wrong. `exact` for ends that share a base and compute alike."""
+        if self.does_nothing:
             return "the adapter does not change the output of the base model"
-        if not self.is_same:
-            return f"a row's loss differs by {self.max_difference:.2g} nats from the one where the adapter comes from"
+        if exact and not self.is_same:
+            return (
+                f"a row's loss differs by {self.max_difference:.2g} nats from the one where the adapter comes from, "
+                f"more than {TOLERANCE:g}"
+            )
         return None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "loss_difference": self.loss_difference}
-
-
-@dataclass(frozen=True, slots=True)
-class RowCheck:
-    """What replaying rows showed that were measured before: in another place, at the same step."""
-
-    step: int
-    num_rows: int
-    source_loss: float
-    """Nats per target as measured before, over the rows that were replayed."""
-    target_loss: float
-    """Nats per target now, over the same rows."""
-    max_difference: float
-    """Largest difference of a row's mean loss, in nats."""
-    does_nothing: bool
-    """Whether an adapter that should change the base model's losses leaves them as they are."""
-
-    @property
-    def is_same(self) -> bool:
-        return self.max_difference <= TOLERANCE
 
 
 def compare_ends(source: Replay, target: Replay, *, base: Replay) -> HandoffReport:
@@ -126,30 +113,28 @@ def check_saved(
     if trained is None:
         return report
     drift = _largest(target.row_means - _means_of(trained, target))
-    return HandoffReport(**{**asdict(report), "max_difference": max(report.max_difference, drift)})
+    return replace(report, max_difference=max(report.max_difference, drift))
 
 
-def check_rows(
-    learner: Learner, adapter: Adapter, batches: Sequence[Batch], measured: RowLosses, *, step: int
-) -> RowCheck:
+def check_rows(learner: Learner, adapter: Adapter, batches: Sequence[Batch], measured: RowLosses) -> HandoffReport:
     """Puts the adapter into `learner` and holds the first rows of `batches` against what was measured of them before.
 
     Args:
         measured: losses of every row of `batches`, as measured elsewhere with the same adapter.
-        step: of the run, that `adapter` and `measured` are of.
     """
     some = list(islice(batches, NUM_BATCHES))
     base = _losses_with(learner, without_effect(adapter), some)
     here = _losses_with(learner, adapter, some)
     there = _rows_of(measured, here.row_ids)
     assert np.array_equal(there.num_targets, here.num_targets), "the ends saw other targets"
-    return RowCheck(
-        step=step,
+    return HandoffReport(
         num_rows=len(here.row_ids),
+        num_targets=int(here.num_targets.sum()),
         source_loss=there.mean,
         target_loss=here.mean,
         max_difference=_largest((here.nll - there.nll) / here.num_targets),
-        does_nothing=not adapter.does_nothing and not np.any(here.nll != base.nll),
+        max_effect=_largest((here.nll - base.nll) / here.num_targets),
+        has_effect=not adapter.does_nothing,
     )
 
 

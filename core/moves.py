@@ -18,7 +18,7 @@ from core.architecture import Architecture
 from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig
 from core.errors import UserError
-from core.handoff import TOLERANCE, RowCheck, check_rows
+from core.handoff import HandoffReport, check_rows
 from core.models.fingerprint import model_traits
 from core.models.reference import original_of
 from core.optimizer_state import is_adamw, is_eight_bit
@@ -270,6 +270,14 @@ def moments_note(checkpoint: Checkpoint, *, keeps_bits: int) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Replayed:
+    """Rows of an evaluated step, as measured then and here."""
+
+    step: int
+    report: HandoffReport
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """A run at the place where it goes on."""
 
@@ -292,7 +300,7 @@ def arrive(
     state: Mapping[str, Any],
     config: RunConfig,
     learner: Learner,
-    verify: Callable[[], RowCheck | None],
+    verify: Callable[[], Replayed | None],
 ) -> Arrival:
     """What changes for a run that goes on from `checkpoint` at `place`; where something does, rows are replayed.
 
@@ -324,15 +332,17 @@ def arrive(
     _refuse_other_model(check, source=source, start=config.start, state=state)
     lines.append(f"hand-off {said(check, source=source, start=config.start)}")
     exact = before is not None and is_exact(before, place) and Arrival(moves).is_measured_here(check.step)
-    return Arrival(after, tuple(lines), tuple(_problems(check, exact=exact)), is_other_base=other_base)
+    problem = check.report.problem(exact=exact)
+    warnings = () if problem is None else (f"hand-off: {problem}",)
+    return Arrival(after, tuple(lines), warnings, is_other_base=other_base)
 
 
-def _refuse_other_model(check: RowCheck, *, source: str, start: str, state: Mapping[str, Any]) -> None:
+def _refuse_other_model(check: Replayed, *, source: str, start: str, state: Mapping[str, Any]) -> None:
     """However alike the files are: a loss this far off is not what the run was trained on."""
-    difference = abs(check.target_loss - check.source_loss)
+    difference = abs(check.report.loss_difference)
     if difference <= MAX_LOSS_DIFFERENCE:
         return
-    nothing = "; the adapter does not change the output of the base model here" if check.does_nothing else ""
+    nothing = "; the adapter does not change the output of the base model here" if check.report.does_nothing else ""
     model = state.get("model")
     same = f"give the model that it was trained on{f' ({model})' if model else ''}, in any rounding, with --model"
     raise UserError(
@@ -347,24 +357,15 @@ def is_exact(before: Place, now: Place) -> bool:
     return before.compute == now.compute == "float32" and now.has_base_of(before)
 
 
-def said(check: RowCheck, *, source: str, start: str) -> str:
+def said(check: Replayed, *, source: str, start: str) -> str:
     """The check in a line. `start` is what the run has before its first step."""
     what = f"step {check.step}" if check.step else start
-    rows = f"{check.num_rows} row{'s' if check.num_rows > 1 else ''}"
+    report = check.report
+    rows = f"{report.num_rows} row{'s' if report.num_rows > 1 else ''}"
     return (
-        f"{what}: validation loss {check.source_loss:.3f} on {source}, {check.target_loss:.3f} here "
-        f"({rows}; largest difference of a row {check.max_difference:.2g})"
+        f"{what}: validation loss {report.source_loss:.3f} on {source}, {report.target_loss:.3f} here "
+        f"({rows}; largest difference of a row {report.max_difference:.2g})"
     )
-
-
-def _problems(check: RowCheck, *, exact: bool) -> Iterator[str]:
-    if exact and not check.is_same:
-        yield (
-            f"hand-off: a row's loss differs by {check.max_difference:.2g} nats, more than the {TOLERANCE:g} that "
-            "float32 on the same weights explains"
-        )
-    if check.does_nothing:
-        yield "hand-off: the adapter does not change the output of the base model here"
 
 
 def replay_last_evaluation(
@@ -375,14 +376,14 @@ def replay_last_evaluation(
     learner: Learner,
     initial: Adapter,
     validation: Sequence[Batch],
-) -> RowCheck | None:
+) -> Replayed | None:
     """Holds rows of the last evaluated step that has a checkpoint against what was measured then.
 
     Before the first such step it is the base model, or the initial adapter, as measured before training; None when
     nothing was measured. The learner is left with that step's adapter and a fresh optimiser.
     """
     step, adapter, measured = _last_evaluation(checkpoint, run_folder, checkpointer, initial)
-    return None if measured is None else check_rows(learner, adapter, validation, measured, step=step)
+    return None if measured is None else Replayed(step, check_rows(learner, adapter, validation, measured))
 
 
 def _last_evaluation(

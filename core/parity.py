@@ -84,6 +84,7 @@ class RowComparison:
     """One validation row."""
 
     row: int
+    """Its place in the validation split, from 1."""
     losses: tuple[float, float]
     """Nats per target."""
     difference: float
@@ -137,6 +138,27 @@ class Report:
         return "same" if self.first is None else "different"
 
     @property
+    def headline(self) -> str:
+        """The verdict as a sentence."""
+        one, other = side_names(self.a, self.b)
+        if self.mismatches:
+            return f"Not comparable. {one} and {other} did not train the same thing."
+        if self.first is not None:
+            return f"No parity. {one} and {other} part first at: {self.first.where}."
+        if self.caveat:
+            return f"{self.a.backend} twice: the same adapter, within tolerance."
+        return f"Parity. {one} and {other} train the same adapter, within tolerance."
+
+    @property
+    def caveat(self) -> str:
+        """What records of one backend can't prove; empty where there are two backends."""
+        if self.a.backend != self.b.backend:
+            return ""
+        if self.a.device == self.b.device:
+            return "this proves that one backend repeats itself, not that two agree"
+        return "this proves that one backend agrees with itself on another device, not that two agree"
+
+    @property
     def unproven(self) -> list[str]:
         """Settings whose effect over these steps is too weak for a fault in them to be seen, a line each."""
         return [] if self.mismatches else list(_unproven(self.a))
@@ -150,6 +172,7 @@ class Report:
         return {
             "format": 1,
             "verdict": self.verdict,
+            "caveat": self.caveat or None,
             "first_difference": None if self.first is None else _difference_dict(self.first),
             "mismatches": [_difference_dict(difference) for difference in self.mismatches],
             "not_proven": self.unproven,
@@ -183,8 +206,13 @@ def compare(a: Record, b: Record) -> Report:
     tensors = [_compare_tensor(name, a.adapter[name], b.adapter[name]) for name in a.adapter]
     found = _differences(a, b, steps, base_rows, final_rows, tensors)
     four_bits = _compare_four_bits(a, b)
-    skipped = "" if four_bits else next((r.four_bits.skipped for r in (a, b) if r.four_bits.skipped), "no common rows")
+    skipped = "" if four_bits else _why_skipped(a, b)
     return Report(a, b, [], steps, base_rows, final_rows, tensors, next(found, None), four_bits, skipped)
+
+
+def side_names(a: Record, b: Record) -> tuple[str, str]:
+    """What the sides are called: by backend, and by number where that is the same."""
+    return (a.backend, b.backend) if a.backend != b.backend else (f"{a.backend} (1)", f"{b.backend} (2)")
 
 
 def write_report(folder: Path, report: Report) -> None:
@@ -201,12 +229,12 @@ def worst_row(rows: list[RowComparison]) -> RowComparison:
 
 
 def _mismatches(a: Record, b: Record) -> Iterator[Difference]:
-    different = _different_settings(a.config, b.config)
+    different = _different_settings(a, b)
     if different:
         shown = ", ".join(different[:4]) + (f" and {len(different) - 4} more" if len(different) > 4 else "")
         yield Difference("settings", None, shown, "record both sides with the same presets, files and flags")
     if a.model_fingerprint != b.model_fingerprint:
-        detail = f"{a.model} and {b.model} are not the same files"
+        detail = f"{_of_each(a, b, a.model, b.model)} are not the same files"
         yield Difference("model", None, detail, "use one model folder, or one hub id with one model.revision")
     if different:
         return  # batches, adapter and rates follow from the settings
@@ -217,7 +245,7 @@ def _mismatches(a: Record, b: Record) -> Iterator[Difference]:
         yield Difference("initial adapter", None, detail, hint)
     for one, other in zip(a.steps, b.steps, strict=False):
         if one.lr != other.lr:
-            detail = f"{one.lr:.9g} and {other.lr:.9g}"
+            detail = _of_each(a, b, f"{one.lr:.9g}", f"{other.lr:.9g}")
             yield Difference("learning rate", one.step, detail, "record both sides with the same version of Twinkeel")
             return
 
@@ -225,7 +253,7 @@ def _mismatches(a: Record, b: Record) -> Iterator[Difference]:
 def _different_batches(a: Record, b: Record) -> Iterator[Difference]:
     hint = "use the same data file on both sides, and the same version of Twinkeel"
     if len(a.steps) != len(b.steps):
-        detail = f"{len(a.steps)} and {len(b.steps)} steps"
+        detail = f"steps: {_of_each(a, b, len(a.steps), len(b.steps))}"
         yield Difference("inputs", None, detail, "record both sides with the same --steps")
     for name in ("inputs", "targets"):
         for one, other in zip(a.steps, b.steps, strict=False):
@@ -241,11 +269,16 @@ def _shapes(record: Record) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in record.adapter.items()}
 
 
-def _different_settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """`lora.rank 8 and 16`, for every setting that matters."""
-    one, other = dict(_flat(a)), dict(_flat(b))
+def _different_settings(a: Record, b: Record) -> list[str]:
+    """`lora.rank 8 (mlx) and 16 (cuda)`, for every setting that matters."""
+    one, other = dict(_flat(a.config)), dict(_flat(b.config))
     names = [name for name in {**one, **other} if one.get(name) != other.get(name) and not _is_free(name)]
-    return [f"{name} {one.get(name)} and {other.get(name)}" for name in names]
+    return [f"{name} {_of_each(a, b, one.get(name), other.get(name))}" for name in names]
+
+
+def _of_each(a: Record, b: Record, one: object, other: object) -> str:
+    """Two values, and whose each is."""
+    return f"{one} ({side_names(a, b)[0]}) and {other} ({side_names(a, b)[1]})"
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -283,7 +316,7 @@ def _compare_step(one: StepRecord, other: StepRecord) -> StepComparison:
 def _compare_rows(a: RowRecord, b: RowRecord, nll: Callable[[RowRecord], list[float]]) -> list[RowComparison]:
     ours, theirs = _means(nll(a), a.num_targets), _means(nll(b), b.num_targets)
     return [
-        RowComparison(row, (one, other), relative(one, other, floor=LOSS_FLOOR))
+        RowComparison(row + 1, (one, other), relative(one, other, floor=LOSS_FLOOR))
         for row, one, other in zip(a.row_ids, ours, theirs, strict=True)
     ]
 
@@ -328,7 +361,7 @@ def _count_differences(place: str, a: RowRecord, b: RowRecord) -> Iterator[Diffe
     """The targets are the same to the bit: a side that counts them otherwise leaves some out, or adds some."""
     for row, one, other in zip(a.row_ids, a.num_targets, b.num_targets, strict=True):
         if one != other:
-            detail = f"validation row {row} is summed over {one} and {other} targets"
+            detail = f"validation row {row + 1} is summed over {one} and {other} targets"
             yield Difference(place, 0, detail, HINTS["targets counted"])
             return
 
@@ -384,6 +417,15 @@ def _unproven(record: Record) -> Iterator[str]:
 
 
 # --- four bits --------------------------------------------------------------------------------------------------------
+
+
+def _why_skipped(a: Record, b: Record) -> str:
+    """Why there are no 4-bit losses to compare, and on which side if it is one."""
+    one, other = a.four_bits.skipped, b.four_bits.skipped
+    if one == other:
+        return one or "no common rows"
+    named = zip(side_names(a, b), (one, other), strict=True)
+    return "; ".join(why if why.startswith(name) else f"{name}: {why}" for name, why in named if why)
 
 
 def _compare_four_bits(a: Record, b: Record) -> FourBitComparison | None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from core.config import BASE_MODEL, INITIAL_ADAPTER, RunConfig, to_plain
 from core.errors import NonFiniteLossError, UserError
-from core.files import disk_errors, read_json, sha256_of, to_json, write_atomic
+from core.files import disk_errors, free_name, read_json, sha256_of, to_json, write_atomic
 from core.models import ResolvedModel
 from core.protocols import IGNORE, Batch, DeviceReport, Learner, RowLosses, Tensors, TrainState
 from core.settings import Settings
@@ -32,6 +32,17 @@ from core.trainer import StepSource, TrainingData
 RECORD = "record.json"
 ADAPTER = "adapter.safetensors"
 FORMAT = 1
+NOT_ASKED = "not asked for"
+"""Why there are no 4-bit losses, where nobody wanted them."""
+FORCED: dict[str, Any] = {
+    "model.bits": 16,
+    "model.dtype": "float32",
+    "lora.dropout": 0.0,
+    "optim.state_bits": 32,
+    "optim.paged": False,
+    "log.trackers": [],
+}
+"""What every record is made with, whatever was asked for."""
 CPU_TOKEN_BUDGET = 1500
 """Positions of validation rows that 4-bit weights are tried on where there is no accelerator: MLX is slow there."""
 _SHOWN_STEPS = 10
@@ -160,16 +171,8 @@ def certified(settings: Settings, *, steps: int) -> tuple[RunConfig, list[str]]:
 
 
 def _forced(config: RunConfig, steps: int) -> dict[str, Any]:
-    return {
-        "model.bits": 16,
-        "model.dtype": "float32",
-        "lora.dropout": 0.0,
-        "optim.state_bits": 32,
-        "optim.paged": False,
-        "train.max_steps": steps,
-        "train.epochs": max(config.train.epochs, float(steps)),  # an epoch has a step at least: max_steps decides
-        "log.trackers": [],
-    }
+    epochs = max(config.train.epochs, float(steps))  # an epoch has a step at least: max_steps decides
+    return {**FORCED, "train.max_steps": steps, "train.epochs": epochs}
 
 
 def _with(config: RunConfig, name: str, value: Any) -> RunConfig:
@@ -212,7 +215,7 @@ def record_training(job: RecordedJob, learner: Learner) -> Record:
         initial_adapter=initial,
         steps=steps,
         rows=_rows(base, final),
-        four_bits=FourBits("", None, "not asked for"),
+        four_bits=FourBits("", None, NOT_ASKED),
         adapter={name: np.asarray(array, np.float32) for name, array in learner.export_state().adapter.items()},
     )
 
@@ -342,14 +345,11 @@ def read_record(folder: Path) -> Record:
     """Reads a record.
 
     Raises:
-        UserError: the folder is not a record, is damaged, or was written by another version.
+        UserError: there is no such folder, it is not a record, is damaged, or was written by another version.
     """
     path = folder / RECORD
     if not path.is_file():
-        raise UserError(
-            f"{folder}: not a parity record (no {RECORD})",
-            hint=f"make one with: python cli.py parity record --output {folder}",
-        )
+        raise _no_record(folder)
     plain = read_json(path)
     if not isinstance(plain, dict) or "format" not in plain:
         raise _damaged(path, "not JSON, or not ours")
@@ -406,6 +406,18 @@ def _rows_from(plain: Mapping[str, Any]) -> RowRecord:
     if len({len(rows.row_ids), len(rows.num_targets), len(rows.base_nll), len(rows.final_nll)}) != 1:
         raise ValueError("lists of different length")
     return rows
+
+
+def _no_record(folder: Path) -> UserError:
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        return UserError(f"{folder}: {what}", hint="give two folders that parity record made")
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{RECORD}"))
+    if inside:
+        hint = f"the records are the folders in it: {', '.join(inside)}"
+    else:
+        hint = f"make one with: python cli.py parity record --output {free_name('parity-record')}"
+    return UserError(f"{folder}: not a parity record (no {RECORD})", hint=hint)
 
 
 def _damaged(path: Path, why: str) -> UserError:

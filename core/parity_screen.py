@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,17 @@ from core.parity import (
     Report,
     RowComparison,
     StepComparison,
+    side_names,
     worst_row,
 )
+from core.parity_commands import train_words, typed_again, wrapped
 from core.parity_plot import PLOT
 from core.parity_record import Record
 
 MAX_STEPS = 12
 """Steps that the table shows."""
 WIDEST = 100
+_NEXT = "next    "
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +43,16 @@ class Page:
     report: Report
     folder: Path
     """Where the files that it names are."""
+    typed: Sequence[str] | None = None
+    """The settings as they were typed; None: as the first record gives them."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         narrow = options.update(width=min(options.max_width, WIDEST))
-        for part in self._parts():
+        for part in self._parts(narrow.max_width):
             for line in console.render_lines(part, narrow, pad=False):
                 yield Segments([*_stripped(line), Segment.line()])
 
-    def _parts(self) -> Iterator[RenderableType]:
+    def _parts(self, width: int) -> Iterator[RenderableType]:
         report = self.report
         yield Text()
         yield from _header(report)
@@ -60,6 +66,11 @@ class Page:
             yield Text()
         yield from _verdict(report)
         yield from _files(report, self.folder)
+        if report.verdict == "same" and not report.caveat:
+            typed = typed_again(report.a) if self.typed is None else self.typed
+            lines = wrapped(train_words(typed, backend=report.a.backend), width - len(_NEXT) - 2)
+            for head, line in zip_longest((_NEXT,), lines, fillvalue=" " * len(_NEXT)):
+                yield _indented(Text(f"{head}{line}", overflow="fold"))
 
 
 # --- what was compared ------------------------------------------------------------------------------------------------
@@ -69,9 +80,9 @@ def _header(report: Report) -> Iterator[RenderableType]:
     a, b = report.a, report.b
     yield Text.assemble(("twinkeel", "bold"), f" parity  {Path(a.model).name}, {a.data}")
     table = _grid("left", "left")
-    for record in (a, b):
+    for name, record in zip(side_names(a, b), (a, b), strict=True):
         versions = ", ".join(f"{name} {version}" for name, version in record.packages.items())
-        table.add_row(Text(record.backend, "bold"), Text(record.description))
+        table.add_row(Text(name, "bold"), Text(record.description))
         table.add_row("", Text(versions, "dim"))
     if not report.mismatches:
         batches = f"batches and targets of {len(a.steps)} steps, {len(a.rows.row_ids)} validation rows"
@@ -80,7 +91,7 @@ def _header(report: Report) -> Iterator[RenderableType]:
 
 
 def _steps(report: Report) -> RenderableType:
-    a, b = report.a.backend, report.b.backend
+    a, b = side_names(report.a, report.b)
     table = _grid("right", "right", "right", "right", "right", "right", "left")
     heads = ("step", f"{a} loss", f"{b} loss", "apart", "grad norm", "apart", "")
     table.add_row(*(Text(head, "dim") for head in heads))
@@ -131,7 +142,8 @@ def _largest(report: Report) -> RenderableType:
     table.add_row(Text("largest", "dim"), Text("apart", "dim"), Text("tolerance", "dim"), "", "")
     for name, difference, tolerance, where in rows:
         mark = Text("" if difference <= tolerance else "beyond", "red")
-        table.add_row(name, _difference(difference, tolerance), f"{tolerance:.0e}", Text(where, "dim"), mark)
+        place = Text(where if difference else "", "dim")
+        table.add_row(name, _difference(difference, tolerance), f"{tolerance:.0e}", place, mark)
     return table
 
 
@@ -152,7 +164,8 @@ def _four_bits(report: Report) -> Iterator[RenderableType]:
 
 def _four_bit_table(found: FourBitComparison, a: Record, b: Record) -> RenderableType:
     table = _grid("left", "right", "right", "right", "right", "right")
-    heads = ("val loss", "16 bits", f"{a.backend} 4 bits", "", f"{b.backend} 4 bits", "")
+    one, other = side_names(a, b)
+    heads = ("val loss", "16 bits", f"{one} 4 bits", "", f"{other} 4 bits", "")
     table.add_row(*(Text(head, "dim") for head in heads))
     for name, wide, narrow in ((a.start, found.base_16, found.base_4), ("adapter", found.final_16, found.final_4)):
         cells = [cell for side in (0, 1) for cell in (f"{narrow[side]:.4f}", f"{narrow[side] - wide[side]:+.4f}")]
@@ -164,18 +177,20 @@ def _four_bit_table(found: FourBitComparison, a: Record, b: Record) -> Renderabl
 
 
 def _verdict(report: Report) -> Iterator[RenderableType]:
-    a, b, first = report.a.backend, report.b.backend, report.first
+    first = report.first
     if report.mismatches:
-        yield Text(f"Not comparable. {a} and {b} did not train the same thing:", "bold red")
+        yield Text(report.headline, "bold red")
         for mismatch in report.mismatches:
             yield _indented(Text.assemble((mismatch.where, "bold"), f": {mismatch.detail}"))
             yield _indented(Text(mismatch.hint, "dim"), by=4)
     elif first is not None:
-        yield Text(f"No parity. {a} and {b} part first at: {first.where}.", "bold red")
+        yield Text(report.headline, "bold red")
         yield _indented(Text(first.detail))
         yield _indented(Text(first.hint))
     else:
-        yield Text(f"Parity. {a} and {b} train the same adapter, within tolerance.", "bold green")
+        yield Text(report.headline, "bold yellow" if report.caveat else "bold green")
+        if report.caveat:
+            yield _indented(Text(report.caveat, "yellow"))
         for line in report.unproven:
             yield _indented(Text.assemble(("not proven  ", "yellow"), line))
 
@@ -183,8 +198,6 @@ def _verdict(report: Report) -> Iterator[RenderableType]:
 def _files(report: Report, folder: Path) -> Iterator[RenderableType]:
     plot = f" and {PLOT}" if report.steps else ""
     yield _indented(Text(f"report  {folder / REPORT}{plot}", overflow="fold"))
-    if report.verdict == "same":
-        yield _indented(Text(f"next    python cli.py train --backend {report.a.backend}"))
 
 
 def _grid(*justify: str) -> Table:

@@ -7,9 +7,12 @@ import fcntl
 import json
 import os
 import re
+import shlex
+import shutil
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -45,10 +48,9 @@ def new_run_folder(output: str | None, *, data_name: str) -> Path:
         path = Path(output)
         # a lock alone was left by a process that was killed before it wrote anything
         if path.exists() and (not path.is_dir() or {item.name for item in path.iterdir()} - {LOCK}):
-            raise UserError(
-                f"{path}: already exists",
-                hint=f"choose another --output, or continue it with: python cli.py train --resume {path}",
-            )
+            is_run = (path / CONFIG).is_file()
+            other = f"continue it with: python cli.py train --resume {shlex.quote(output)}" if is_run else "remove it"
+            raise UserError(f"{path}: already exists", hint=f"choose another --output, or {other}")
         return path
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", data_name.split(".")[0]).strip("-") or "run"
     base = RUNS / f"{stem}-{datetime.now():%m%d-%H%M}"
@@ -77,6 +79,38 @@ def claim_run_folder(output: str | None, *, data_name: str) -> tuple[Path, RunLo
             lock.release()
             new_run_folder(output, data_name=data_name)
         return folder, lock
+
+
+class NewFolder:
+    """A folder that a command makes; use as a context. What was made goes away at the end, unless `keep` was called.
+
+    So a command that is interrupted or fails does not stand in the way of its own repetition.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._is_kept = False
+
+    def keep(self) -> None:
+        self._is_kept = True
+
+    def __enter__(self) -> NewFolder:
+        self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._before = set(self._folder.iterdir())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_kept:
+            return
+        for path in set(self._folder.iterdir()) - self._before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in self._made:
+            with suppress(OSError):  # somebody else has put something there meanwhile
+                path.rmdir()
 
 
 def newest_run(root: Path = RUNS) -> Path:

@@ -6,6 +6,7 @@ Everything worth keeping goes through the `twinkeel` logger, so the file and a p
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -256,5 +257,7 @@ def logging_to_file(path: Path) -> Iterator[None]:
 
 
 def make_console() -> Console:
-    """The console of a command; wide enough for whole lines when the output is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    """The console of a command; wide enough for whole lines when the output is a file or a pipe, or as COLUMNS says."""
+    columns = os.environ.get("COLUMNS", "")
+    is_given = columns.isdecimal() and int(columns) > 0
+    return Console(width=int(columns) if is_given else None if sys.stdout.isatty() else 200, highlight=False)

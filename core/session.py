@@ -229,8 +229,8 @@ class Session:
             batches=self._job.data.validation,
             trained=None if measured is None else measured[0],
         )
-        if report.problem is not None:
-            _log.warning("%s: %s", self._folder / ADAPTERS, report.problem)
+        if (problem := report.problem()) is not None:
+            _log.warning("%s: %s", self._folder / ADAPTERS, problem)
 
     def _write_adapters(self, tensors: Tensors) -> Adapter:
         adapter = self._job.adapter.with_tensors(

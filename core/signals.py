@@ -1,9 +1,11 @@
-"""SIGINT and SIGTERM set a flag; the loop ends at the next step boundary, with a checkpoint."""
+"""SIGINT and SIGTERM. In training they set a flag: the loop ends at the next step boundary, with a checkpoint."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 
@@ -42,3 +44,17 @@ class InterruptFlag:
     def exit_code(self) -> int:
         """The shell's convention: 128 + the signal's number."""
         return 0 if self.signal is None else 128 + self.signal.value
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """While entered, SIGTERM raises `KeyboardInterrupt` as SIGINT does, so that what was begun is tidied up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

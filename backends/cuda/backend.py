@@ -18,6 +18,7 @@ from core.protocols import DeviceReport, Learner
 if TYPE_CHECKING:
     import torch
 
+    from backends.cuda.streaming import Source
     from core.models import ResolvedModel
 
 NEEDED = ("torch", "transformers", "peft")
@@ -97,8 +98,13 @@ class CudaBackend:
         device = memory.choose_device(config.device)
         return [*_state_warnings(config, device), *_type_warnings(config, device)]
 
-    def open(self, config: RunConfig, model: ResolvedModel, initial: Adapter) -> Learner:
+    def open(
+        self, config: RunConfig, model: ResolvedModel, initial: Adapter, *, source: Source | None = None
+    ) -> Learner:
         """Loads the frozen base and puts `initial` on it.
+
+        Args:
+            source: where a mixture's weights come from for 4 bits, instead of the model folder.
 
         Raises:
             UserError: a model that can't be loaded, or a device that is not there.
@@ -107,7 +113,7 @@ class CudaBackend:
         device = memory.choose_device(config.device)
         self.check(config)
         return memory.within_memory(
-            lambda: _open(config, model, initial, device),
+            lambda: _open(config, model, initial, device, source),
             device=device,
             doing=f"while loading {model.name}",
         )
@@ -154,12 +160,14 @@ def _type_warnings(config: RunConfig, device: torch.device) -> list[str]:
     return []
 
 
-def _open(config: RunConfig, model: ResolvedModel, initial: Adapter, device: torch.device) -> Learner:
+def _open(
+    config: RunConfig, model: ResolvedModel, initial: Adapter, device: torch.device, source: Source | None
+) -> Learner:
     from backends.cuda.learner import CudaLearner
     from backends.cuda.model import enable_checkpointing, load_base, put_adapter
 
     dtype = compute_dtype(config.model.dtype, device)
-    base = load_base(model, config.model, device=device, dtype=dtype)
+    base = load_base(model, config.model, device=device, dtype=dtype, source=source)
     num_parameters = read_architecture(Path(model.path)).num_parameters
     checkpointing = config.train.gradient_checkpointing
     if checkpointing == "auto":

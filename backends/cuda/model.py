@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from backends.cuda.moe import attach_sparse, is_sparse
-from backends.cuda.streaming import load_packed
+from backends.cuda.streaming import Source, load_packed
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter
 from core.architecture import read_architecture
 from core.config import ModelConfig
@@ -74,9 +74,17 @@ AttentionInterface.register(ATTENTION, causal_attention)
 
 
 def load_base(
-    model: ResolvedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+    model: ResolvedModel,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    source: Source | None = None,
 ) -> PreTrainedModel:
     """Reads the weights, to `device`, frozen: in NF4 (double quantisation) for 4 bits, else in `dtype`.
+
+    Args:
+        source: where a mixture's weights come from for 4 bits; None: the model folder.
 
     Raises:
         UserError: a family this backend doesn't know, or missing, damaged or misshapen weights.
@@ -89,8 +97,9 @@ def load_base(
         )
     silence_libraries()
     if config.bits == 4 and architecture.is_moe:
-        base = load_packed(model, config, device=device, dtype=dtype, attention=ATTENTION)
+        base = load_packed(model, config, device=device, dtype=dtype, attention=ATTENTION, source=source)
     else:
+        assert source is None, "weights from elsewhere are for a mixture in 4 bits"
         base, info = _read(model, _load_options(config, device, dtype))
         _check_loaded(model, info, _misshapen_quantised(base))
     base.requires_grad_(False)

@@ -14,9 +14,9 @@ import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -44,12 +44,34 @@ _SAY_EVERY = 10.0
 """Seconds between lines of progress."""
 
 
+class Source(Protocol):
+    """Where unpacked weights come from, one matrix at a time."""
+
+    def has(self, name: str) -> bool:
+        """Whether it holds the parameter of this name, transformers' name."""
+        ...
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """The matrices of the parameter `name` one after the other, each gone before the next: of experts, with `shape`
+        (experts, out, in), one for each, [out, in]; else the parameter itself. In any type, on any device."""
+        ...
+
+
 def load_packed(
-    model: ResolvedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, attention: str
+    model: ResolvedModel,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    source: Source | None = None,
 ) -> PreTrainedModel:
     """The frozen mixture on `device`: linear layers and experts in NF4, the rest in `dtype`.
 
     The packed weights are kept on disk (`backends.cuda.packed_cache`) and read from there the next time.
+
+    Args:
+        source: where the weights come from; None: the model folder's safetensors.
 
     Raises:
         UserError: experts of another form, or missing or misshapen weights.
@@ -61,8 +83,12 @@ def load_packed(
         log.info("4-bit weights as packed before, from %s", cache.folder)
         for piece in pieces(base):
             _install(base, cache.read(piece, device), dtype)
+    elif source is not None:
+        _pack_all(base, source, cache, device=device, dtype=dtype)
     else:
-        _pack_all(base, model, cache, device=device, dtype=dtype)
+        with _Checkpoint(model) as checkpoint:
+            _pack_all(base, checkpoint, cache, device=device, dtype=dtype)
+            checkpoint.warn_of_the_rest()
     _make_buffers(base, device)
     base.tie_weights()
     still_empty = [name for name, tensor in _tensors(base) if tensor.device.type == "meta"]
@@ -133,7 +159,7 @@ def planned_weights(base: PreTrainedModel) -> list[Weight]:
 
 def _pack_all(
     base: PreTrainedModel,
-    model: ResolvedModel,
+    source: Source,
     cache: packed_cache.PackedCache | None,
     *,
     device: torch.device,
@@ -142,22 +168,31 @@ def _pack_all(
     packed, portions = packed_names(base), pieces(base)
     shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
     said = time.monotonic()
-    with ExitStack() as stack:
-        source = stack.enter_context(_Checkpoint(model))
-        draft = None if cache is None else stack.enter_context(cache.writing())
+    with nullcontext() if cache is None else cache.writing() as draft:
         for number, (piece, names) in enumerate(portions.items(), start=1):
             values: Weights = {}
             for name in names:
                 if name == "lm_head.weight" and not source.has(name) and base.config.tie_word_embeddings:
                     continue
-                values |= source.read(name, shapes[name], packed=name in packed, device=device, dtype=dtype)
+                values |= _read(source, name, shapes[name], packed=name in packed, device=device, dtype=dtype)
             if draft is not None:
                 draft.write(piece, values)
             _install(base, values, dtype)
             if time.monotonic() - said > _SAY_EVERY:
                 said = time.monotonic()
                 log.info("  packed %d of %d layers in 4 bits", number, len(portions) - 1)
-        source.warn_of_the_rest()
+
+
+def _read(
+    source: Source, name: str, shape: tuple[int, ...], *, packed: bool, device: torch.device, dtype: torch.dtype
+) -> Weights:
+    """A parameter in its final form on the device; of experts one matrix for each."""
+    if len(shape) < 3:
+        (value,) = source.read(name, shape)
+        on_device = value.to(device, dtype)
+        return {name: Nf4Matrix.of(on_device) if packed else on_device}
+    matrices = source.read(name, shape)
+    return {f"{name}.{expert}": Nf4Matrix.of(matrix.to(device, dtype)) for expert, matrix in enumerate(matrices)}
 
 
 class _Checkpoint:
@@ -183,22 +218,15 @@ class _Checkpoint:
     def has(self, name: str) -> bool:
         return name in self._files
 
-    def read(
-        self, name: str, shape: tuple[int, ...], *, packed: bool, device: torch.device, dtype: torch.dtype
-    ) -> Weights:
-        """A parameter in its final form on the device; of experts one matrix for each.
+    def read(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """As `Source.read`.
 
         Raises:
             UserError: it is missing, or has another shape.
         """
         if len(shape) < 3:
-            (value,) = self._matrices(name, (1, *shape), [[name]])
-            on_device = value.to(device, dtype)
-            return {name: Nf4Matrix.of(on_device) if packed else on_device}
-        found: Weights = {}
-        for expert, matrix in enumerate(self._matrices(name, shape, self._parts(name, shape[0]))):
-            found[f"{name}.{expert}"] = Nf4Matrix.of(matrix.to(device, dtype))
-        return found
+            return self._matrices(name, (1, *shape), [[name]])
+        return self._matrices(name, shape, self._parts(name, shape[0]))
 
     def warn_of_the_rest(self) -> None:
         if self._unused:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
+import backends
 from core.errors import UserError
+from core.files import free_name
 from core.float32 import use_whole_float32
+from core.parity_commands import compare_command, record_command
 from core.parity_record import (
     CPU_TOKEN_BUDGET,
     Record,
@@ -19,7 +23,7 @@ from core.parity_record import (
     without_four_bits,
     write_record,
 )
-from core.run import new_run_folder
+from core.run import NewFolder, new_run_folder
 from core.screen import logging_to
 from core.settings import Settings
 from core.workflow.job import Job, changed, opened, prepare
@@ -27,8 +31,13 @@ from core.workflow.job import Job, changed, opened, prepare
 _log = logging.getLogger("twinkeel")
 
 
-def record_parity(settings: Settings, *, steps: int, four_bits: bool, console: Console) -> int:
+def record_parity(
+    settings: Settings, *, steps: int, four_bits: bool, console: Console, typed: Sequence[str] | None = None
+) -> int:
     """Writes one side of `parity`: `steps` optimiser steps on the backend of the settings. Returns the exit code.
+
+    Args:
+        typed: the settings as they were typed, for the commands that follow; None where nobody types them.
 
     Raises:
         UserError: as `train`, or a loss that became NaN or infinite; no record is written.
@@ -43,9 +52,23 @@ def record_parity(settings: Settings, *, steps: int, four_bits: bool, console: C
         with opened(job) as learner:
             record = record_training(job, learner)
         record = _add_four_bits(job, record) if four_bits else record
-        write_record(folder, record)
+        with NewFolder(folder) as new:
+            write_record(folder, record)
+            new.keep()
         _log.info("%s: recorded in %s", job.backend.name, folder)
+        if typed is not None:
+            # `auto` may mean another model on the other backend
+            model = [] if settings.config.model.path != "auto" else ["--model", record.model]
+            _say_what_follows(record, folder, typed=[*typed, *model], four_bits=four_bits)
     return 0
+
+
+def _say_what_follows(record: Record, folder: Path, *, typed: Sequence[str], four_bits: bool) -> None:
+    other = next(name for name in backends.names() if name != record.backend)
+    output = free_name(f"parity-{other}")
+    command = record_command(typed, backend=other, steps=len(record.steps), output=output, four_bits=four_bits)
+    _log.info("next, where %s can train: %s", other, command)
+    _log.info("and with both folders: %s", compare_command(folder, output))
 
 
 def _add_four_bits(job: Job, record: Record) -> Record:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from core.adapter import Adapter, LoraModule
 from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, read_saved, write_adapter
-from core.handoff import NUM_BATCHES, HandoffReport, check_saved
+from core.handoff import NUM_BATCHES, HandoffReport, check_rows, check_saved, without_effect
 from core.protocols import IGNORE, Batch, Replay, RowLosses, TrainState
 from tests.fakes import NAME, VOCAB, FakeData, FakeLearner
 
@@ -74,7 +74,7 @@ def setting(tmp_path: Path) -> Setting:
 
 def test_a_good_adapter_is_the_same_and_moves_the_output(setting: Setting) -> None:
     report = setting.check()
-    assert report.problem is None
+    assert report.problem() is None
     assert report.max_difference < 1e-12  # summed in another order
     assert report.num_rows == 3 * NUM_BATCHES
     assert report.greedy_agreement == 1.0
@@ -108,7 +108,7 @@ def test_an_adapter_that_does_nothing_is_found(setting: Setting) -> None:
     write_adapter(setting.folder, setting.adapter.with_tensors(zeros), base_model="base")
     report = setting.check()
     assert not report.moves_output
-    assert report.problem == "the adapter does not change the output of the base model"
+    assert report.problem() == "the adapter does not change the output of the base model"
 
 
 def test_a_wrong_scale_is_found(setting: Setting) -> None:
@@ -116,7 +116,7 @@ def test_a_wrong_scale_is_found(setting: Setting) -> None:
     report = setting.check()
     assert report.moves_output
     assert not report.is_same
-    assert f"{report.max_difference:.2g} nats" in (report.problem or "")
+    assert f"{report.max_difference:.2g} nats" in (report.problem() or "")
 
 
 def test_a_single_changed_value_is_found(setting: Setting) -> None:
@@ -138,7 +138,30 @@ def test_losses_that_are_not_numbers_are_a_problem(value: float) -> None:
             greedy_agreement=1.0,
             max_effect=effect,
         )
-        assert report.problem is not None
+        assert report.problem() is not None
+
+
+def test_one_report_for_both_kinds_of_check(setting: Setting) -> None:
+    """Rows held against losses from elsewhere: the same numbers as a replay, without the tokens."""
+    report = check_rows(setting.learner, setting.adapter, setting.batches, setting.trained)
+    whole = setting.check()
+    assert report.greedy_agreement is None and report.problem() is None
+    assert (report.num_rows, report.num_targets) == (whole.num_rows, whole.num_targets)
+    assert report.target_loss == pytest.approx(whole.target_loss) and report.max_difference == 0.0
+    assert 0.0 < report.max_effect <= whole.max_effect, "a row's mean moves no more than its targets"
+    setting.learner.scale *= 2
+    report = check_rows(setting.learner, setting.adapter, setting.batches, setting.trained)
+    assert "a row's loss differs by" in (report.problem() or "") and report.problem(exact=False) is None
+
+
+def test_a_first_adapter_may_leave_the_base_model_alone(setting: Setting) -> None:
+    first = without_effect(setting.adapter)
+    setting.learner.import_state(TrainState(first.tensors, {}))
+    measured = setting.learner.evaluate(setting.batches)
+    report = check_rows(setting.learner, first, setting.batches, measured)
+    assert not report.moves_output and not report.does_nothing and report.problem() is None
+    setting.learner.scale = 0.0
+    assert check_rows(setting.learner, setting.adapter, setting.batches, measured).does_nothing
 
 
 def test_rows_are_compared_by_their_number_not_their_place(setting: Setting) -> None:

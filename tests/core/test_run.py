@@ -17,6 +17,7 @@ from core import run
 from core.errors import UserError
 from core.run import (
     CONFIG,
+    NewFolder,
     RunLock,
     RunState,
     claim_run_folder,
@@ -86,8 +87,40 @@ def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
         new_run_folder("taken", data_name="x")
     assert "--resume taken" in (caught.value.hint or "")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: already exists"):
+    with pytest.raises(UserError, match="file: already exists") as caught:
         new_run_folder("file", data_name="x")
+    assert caught.value.hint == "choose another --output, or remove it"
+
+
+def test_what_is_no_run_is_not_said_to_be_resumable(tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "my model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="already exists") as caught:
+        new_run_folder("my model", data_name="x")
+    assert caught.value.hint == "choose another --output, or remove it"
+    (tmp_path / "my model" / "config.yaml").write_text("")
+    with pytest.raises(UserError, match="--resume 'my model'"):
+        new_run_folder("my model", data_name="x")
+
+
+def test_a_new_folder_that_is_not_kept_goes_away_with_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine.txt").write_text("mine")
+
+    def interrupted(folder: Path) -> None:
+        with NewFolder(folder):
+            (folder / "part").mkdir()
+            (folder / "part" / "file").write_text("")
+            (folder / "settings.yaml").write_text("")
+            raise KeyboardInterrupt
+
+    for name in ("there", "deep/er"):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(Path(name))
+    assert os.listdir() == ["there"] and os.listdir("there") == ["mine.txt"]
+    with NewFolder(Path("deep/er")) as new:
+        new.keep()
+    assert Path("deep/er").is_dir()
 
 
 def test_an_output_that_is_new_or_empty_is_used(tmp_path: Path) -> None:

@@ -187,10 +187,15 @@ def test_handlers_go_away(tmp_path: Path) -> None:
     assert LOGGER.level == logging.INFO
 
 
-def test_a_pipe_is_wide_enough_for_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    line = "x" * 190
-    make_console().print(line)
-    assert capsys.readouterr().out == line + "\n"
+@pytest.mark.parametrize(("columns", "width"), [(None, 200), ("", 200), ("0", 200), ("wide", 200), ("80", 80)])
+def test_a_pipe_is_wide_enough_for_whole_lines_or_as_columns_says(
+    columns: str | None, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    make_console().print("x" * 190)
+    assert len(capsys.readouterr().out.splitlines()[0]) == min(width, 190)
 
 
 def test_aux_loss_is_said_where_there_is_one() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 import backends
+import cli
 from core.errors import UserError
 from core.parity import REPORT
 from core.parity_plot import PLOT
@@ -66,6 +68,7 @@ def test_both_sides_in_their_own_processes(run_process: RunCli, settings: list[o
     assert "mlx: step 3/3" in done.out and "cuda: step 3/3" in done.out
     assert "for parity: model.bits: 4 -> 16, lora.dropout: 0.1 -> 0.0" in done.out
     assert "Parity. mlx and cuda train the same adapter" in done.out
+    assert "can train:" not in done.out and "--lr 0.003" in done.out[done.out.index("next ") :]
     (folder,) = Path("runs").iterdir()
     assert folder.name.startswith("parity-colours-")
     report = json.loads((folder / REPORT).read_text())
@@ -97,9 +100,18 @@ def test_one_side(run_cli: RunCli, settings: list[object], monkeypatch: pytest.M
     record = read_record(Path("side"))
     assert (record.backend, len(record.steps), record.four_bits.rows) == ("cuda", 2, None)
     assert "recorded in side" in done.out
+    typed = [str(word) for word in ("parity", "record", *settings, "--steps", 2, "--skip-4bit", "--backend", "mlx")]
+    follows = next(line for line in done.out.splitlines() if line.startswith("next, where mlx can train: "))
+    words = shlex.split(follows.removeprefix("next, where mlx can train: "))
+    assert words[:2] == ["python", "cli.py"] and parsed(words[2:]) == parsed([*typed, "--output", "parity-mlx"])
+    assert "and with both folders: python cli.py parity compare side parity-mlx\n" in done.out
     assert os.environ["MLX_ENABLE_TF32"] == os.environ["NVIDIA_TF32_OVERRIDE"] == "0"
     again = run_cli(*command)
     assert again.code == 2 and "side: already exists" in again.err
+
+
+def parsed(words: list[str]) -> dict[str, Any]:
+    return vars(cli.build_parser().parse_args(words))
 
 
 def run_sides(child: str, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -123,7 +135,8 @@ def test_a_side_that_fails_passes_its_message_and_code_on(
     monkeypatch.chdir(tmp_path)
     code, shown = run_sides("import sys; print('error: no such data', file=sys.stderr); sys.exit(2)", capfd)
     assert code == 2
-    assert shown.count("error: no such data") == 1 and "the mlx side could not be recorded" in shown
+    assert shown.count("error: no such data") == 1 and "the mlx side was not recorded" in shown
+    assert os.listdir() == [], "nothing stands in the way of the same command"
 
 
 def test_a_side_that_is_killed_is_a_users_error(
@@ -132,6 +145,65 @@ def test_a_side_that_is_killed_is_a_users_error(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="mlx side was ended by signal 9"):
         run_sides("import os; os.kill(os.getpid(), 9)", capfd)
+    assert os.listdir() == []
+
+
+FIRST_SIDE_ONLY = """
+import sys
+from pathlib import Path
+from core.parity_record import write_record
+from tests.parity.made import make_record
+out = Path(sys.argv[sys.argv.index("--output") + 1])
+write_record(out, make_record(backend=out.name))
+if out.name == "cuda":
+    (out / "record.json").unlink()
+    sys.exit(2)
+"""
+
+
+def test_after_a_second_side_that_fails_the_first_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And the commands that are named go on from it: the place of the second side is free."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    code, shown = run_sides(FIRST_SIDE_ONLY, capfd)
+    assert code == 2 and "the cuda side was not recorded" in shown
+    (folder,) = Path("runs").iterdir()
+    assert sorted(os.listdir(folder)) == ["mlx", "settings.yaml"]
+    assert read_record(folder / "mlx").backend == "mlx"
+    assert load_config(folder / "settings.yaml").backend == "cuda"
+    record = f"python cli.py parity record --config {folder}/settings.yaml --steps 2 --output {folder}/cuda --skip-4bit"
+    assert f"to go on from it: {record}\n" in shown
+    assert f"and then: python cli.py parity compare {folder}/mlx {folder}/cuda\n" in shown
+
+
+@pytest.mark.usefixtures("needs_both")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_parity_leaves_nothing_and_says_so_once(
+    tmp_path: Path, settings: list[object], number: signal.Signals
+) -> None:
+    """Ctrl-C reaches both processes, a SIGTERM the one that it is sent to."""
+    command = [sys.executable, "-u", str(ROOT / "cli.py"), "parity", *map(str, settings), "--steps", "20000"]
+    process = subprocess.Popen(
+        [*command, "--output", "out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        try:
+            seen = next(line for line in process.stdout if "validation rows" in line)
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+            shown = process.stdout.read()
+        finally:
+            process.kill()
+    assert seen.startswith("mlx: base model") and process.returncode == 130
+    assert shown.count("interrupted") == 1 and "Traceback" not in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_backend_alone_names_the_commands(
@@ -150,13 +222,13 @@ def test_one_backend_alone_names_the_commands(
         return backend
 
     monkeypatch.setattr(backends, "get", without_mlx)
-    done = run_cli("parity", *settings, "--steps", 7, "--output", "out")
+    done = run_cli("parity", *settings, "--steps", 7, "--skip-4bit", "--output", "out")
     assert done.code == 2 and not Path("out").exists()
     assert "mlx can't train here (no mlx)" in done.err
     model, data = (shlex.quote(str(settings[place])) for place in (1, 3))
     assert f"python cli.py parity record --device cpu --model {model} --data {data}" in done.err
     for name in ("mlx", "cuda"):
-        assert f"--backend {name} --steps 7 --output parity-{name}" in done.err
+        assert f"--backend {name} --steps 7 --output parity-{name} --skip-4bit\n" in done.err
     assert "python cli.py parity compare parity-cuda parity-mlx" in done.err
 
 
@@ -190,14 +262,41 @@ def test_compare_records_of_other_settings(run_cli: RunCli, record: Path, tmp_pa
     write_record(tmp_path / "b", make_record(optim={"weight_decay": 0.5}))
     done = run_cli("parity", "compare", record, tmp_path / "b", "--output", "out")
     assert done.code == 1
-    assert "Not comparable" in done.out and "optim.weight_decay 0.01 and 0.5" in done.out
+    assert "Not comparable" in done.out and "optim.weight_decay 0.01 (mlx) and 0.5 (cuda)" in done.out
     assert json.loads(Path("out", REPORT).read_text())["mismatches"][0]["place"] == "settings"
 
 
 def test_compare_what_is_no_record(run_cli: RunCli, record: Path) -> None:
-    done = run_cli("parity", "compare", record, "nowhere", "--output", "out")
-    assert done.code == 2 and "nowhere: not a parity record" in done.err
-    assert "Traceback" not in done.err and not Path("out").exists()
+    def refused(folder: str) -> str:
+        done = run_cli("parity", "compare", record, folder, "--output", "out")
+        assert done.code == 2 and not Path("out").exists()
+        return done.err
+
+    assert "nowhere: no such folder" in refused("nowhere")
+    Path("file").write_text("")
+    assert "file: not a folder" in refused("file")
+    Path("model").mkdir()
+    assert "model: not a parity record" in refused("model")
+    assert "make one with: python cli.py parity record --output parity-record\n" in refused("model")
+    Path("parity-record").mkdir()
+    assert "parity record --output parity-record-2\n" in refused("model"), "a name that is free"
+    for name in ("mlx", "cuda"):
+        write_record(Path("model", name), make_record(backend=name))
+    assert "the records are the folders in it: model/cuda, model/mlx\n" in refused("model")
+
+
+def test_compare_one_folder_twice(run_cli: RunCli, record: Path) -> None:
+    for other in (record, record.parent / "elsewhere" / ".." / record.name):
+        (record.parent / "elsewhere").mkdir(exist_ok=True)
+        done = run_cli("parity", "compare", record, other, "--output", "out")
+        assert done.code == 2 and "are one folder" in done.err and not Path("out").exists()
+
+
+def test_compare_records_of_one_backend(run_cli: RunCli, record: Path, tmp_path: Path) -> None:
+    write_record(tmp_path / "b", make_record(backend="mlx"))
+    done = run_cli("parity", "compare", record, tmp_path / "b", "--output", "out")
+    assert done.code == 0 and "Parity." not in done.out
+    assert "this proves that one backend repeats itself, not that two agree" in done.out
 
 
 MISTAKES: list[tuple[tuple[object, ...], str]] = [

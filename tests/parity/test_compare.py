@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from core.parity import LOSS_FLOOR, REPORT, Report, compare, relative, write_report
-from core.parity_plot import PLOT, SMALLEST, write_parity_plot
-from core.parity_record import Record
+from core.config import RunConfig, to_plain
+from core.parity import ADAPTER_TOLERANCE, LOSS_FLOOR, REPORT, Report, compare, relative, write_report
+from core.parity_plot import PLOT, write_parity_plot
+from core.parity_record import FourBits, Record
 from core.parity_screen import MAX_STEPS, Page, shown_steps
+from core.settings import resolve
 from tests.fakes import NAME, FakeData, FakeLearner
 from tests.parity.made import make_record, with_four_bits
 
@@ -56,6 +59,20 @@ def test_equal_records_are_the_same(a: Record, b: Record) -> None:
     assert [step.loss_difference for step in report.steps] == [0.0] * 5
 
 
+def test_one_backend_twice_is_no_proof_of_two(a: Record, b: Record) -> None:
+    repeated = compare(a, a)
+    shown = page(repeated, 100)
+    assert repeated.verdict == "same" and "Parity." not in shown and "next" not in shown
+    assert "mlx twice" in shown and "one backend repeats itself, not that two agree" in shown
+    assert "mlx (1) loss  mlx (2) loss" in shown
+    assert repeated.to_dict()["caveat"] == repeated.caveat
+    elsewhere = compare(a, replace(a, device="GPU"))
+    assert "on another device" in page(elsewhere, 100) and elsewhere.caveat != repeated.caveat
+    assert compare(a, b).caveat == "" and compare(a, b).to_dict()["caveat"] is None
+    wrong = page(compare(a, at_step(a, 2, loss=9.0)), 100)
+    assert "mlx (1) and mlx (2) part first at: loss of step 2" in wrong
+
+
 def test_differences_are_relative_to_the_larger() -> None:
     assert relative(1.0, 1.25) == relative(-1.25, -1.0) == pytest.approx(0.2)
     assert relative(0.0, 0.0) == 0.0 and relative(0.0, 3.0) == 1.0
@@ -82,7 +99,7 @@ PLACES: list[tuple[str, int | None, dict[str, Any]]] = [
 def test_a_row_beyond_tolerance(a: Record, b: Record, place: str, step: int, factors: dict[str, float]) -> None:
     first = compare(a, with_rows(b, **factors)).first
     assert first is not None and (first.place, first.step) == (place, step)
-    assert f"row {b.rows.row_ids[2]}:" in first.detail and f"1 of {len(b.rows.row_ids)}" in first.detail
+    assert f"row {b.rows.row_ids[2] + 1}:" in first.detail and f"1 of {len(b.rows.row_ids)}" in first.detail
 
 
 @pytest.mark.parametrize(
@@ -129,7 +146,9 @@ def test_losses_are_divided_by_each_sides_own_targets(a: Record, b: Record) -> N
     assert report.base_rows[1].difference == pytest.approx(0.0, abs=1e-12)
     first = report.first
     assert first is not None and (first.place, first.step) == ("base losses", 0)
-    assert first.detail == f"validation row {b.rows.row_ids[1]} is summed over {counts[1] + 1} and {counts[1]} targets"
+    assert (
+        first.detail == f"validation row {b.rows.row_ids[1] + 1} is summed over {counts[1] + 1} and {counts[1]} targets"
+    )
 
 
 def test_what_was_before_training_has_its_name(a: Record, b: Record) -> None:
@@ -206,14 +225,14 @@ def _other_config(b: Record) -> Record:
 
 
 MISMATCHES: dict[str, tuple[Any, list[str], str]] = {
-    "settings": (_other_config, ["settings"], "lora.rank 16 and 99"),
+    "settings": (_other_config, ["settings"], "lora.rank 16 (mlx) and 99 (cuda)"),
     "model": (lambda b: replace(b, model_fingerprint="other"), ["model"], "not the same files"),
     "inputs": (_other_batch, ["inputs"], "other inputs"),
     "targets": (lambda b: at_step(b, 2, targets="0"), ["targets"], "other targets"),
     "validation": (lambda b: replace(b, validation_targets="0"), ["validation"], "validation rows"),
     "initial adapter": (lambda b: replace(b, initial_adapter="0"), ["initial adapter"], "same tensors"),
     "learning rate": (lambda b: at_step(b, 4, lr=1e-9), ["learning rate"], "1e-09"),
-    "steps": (lambda b: replace(b, steps=b.steps[:-1]), ["inputs"], "5 and 4 steps"),
+    "steps": (lambda b: replace(b, steps=b.steps[:-1]), ["inputs"], "steps: 5 (mlx) and 4 (cuda)"),
 }
 
 
@@ -248,7 +267,7 @@ def test_what_may_differ_between_machines_is_no_mismatch(a: Record) -> None:
 
 
 def test_another_seed_is_a_setting(a: Record) -> None:
-    assert compare(a, make_record(train={"seed": 1})).mismatches[0].detail == "train.seed 0 and 1"
+    assert compare(a, make_record(train={"seed": 1})).mismatches[0].detail == "train.seed 0 (mlx) and 1 (cuda)"
 
 
 # --- four bits --------------------------------------------------------------------------------------------------------
@@ -271,8 +290,14 @@ def test_four_bits_are_compared_on_the_rows_that_both_tried(a: Record, b: Record
 
 
 def test_why_four_bits_were_left_out_is_said(a: Record, b: Record) -> None:
+    """And on which side, where it was one only."""
     report = compare(a, b)
     assert report.four_bits is None and report.four_bits_skipped == "not asked for"
+    tried = replace(a, four_bits=with_four_bits(a.rows, ids=[0], added=0.25))
+    assert compare(tried, b).four_bits_skipped == "cuda: not asked for"
+    missing = replace(b, four_bits=FourBits("", None, "cuda: no bitsandbytes"))
+    assert compare(tried, missing).four_bits_skipped == "cuda: no bitsandbytes"
+    assert compare(a, missing).four_bits_skipped == "mlx: not asked for; cuda: no bitsandbytes"
 
 
 # --- files and screen -------------------------------------------------------------------------------------------------
@@ -286,7 +311,7 @@ def test_the_report_as_a_file(a: Record, b: Record, tmp_path: Path) -> None:
     assert plain["tolerances"] == {"loss": 1e-4, "grad_norm": 1e-3, "adapter": 1e-3, "loss_floor": 0.01}
     assert [side["backend"] for side in plain["sides"]] == ["mlx", "cuda"]
     assert plain["steps"][1]["losses"] == [a.steps[1].loss, 9.0]
-    assert [row["row"] for row in plain["rows"]["final"]] == b.rows.row_ids, "all of them, side by side"
+    assert [row["row"] for row in plain["rows"]["final"]] == [row + 1 for row in b.rows.row_ids], "all of them"
     assert plain["rows"]["final"][2]["difference"] == pytest.approx(2 / 3)
     assert [row["losses"][1] for row in plain["rows"]["base"]] == [
         nll / count for nll, count in zip(b.rows.base_nll, b.rows.num_targets, strict=True)
@@ -294,9 +319,9 @@ def test_the_report_as_a_file(a: Record, b: Record, tmp_path: Path) -> None:
     assert plain["adapter"] == [{"name": NAME, "difference": 0.0, "is_length": False}]
 
 
-def page(report: Report, width: int) -> str:
+def page(report: Report, width: int, *, typed: list[str] | None = None) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(Page(report, Path("runs/parity")))
+    console.print(Page(report, Path("runs/parity"), typed))
     return console.export_text()
 
 
@@ -306,9 +331,46 @@ def test_the_page_says_it_in_words_and_fits(a: Record, b: Record, width: int) ->
     assert "Parity. mlx and cuda train the same adapter" in good and "beyond" not in good
     assert "part first at: loss of step 2" in bad and bad.count("beyond") == 2  # the step's line and the largest
     apart = page(compare(a, _other_config(b)), width)
-    assert "Not comparable" in apart and "lora.rank 16 and 99" in apart
+    assert "Not comparable" in apart and "lora.rank 16 (mlx) and 99 (cuda)" in apart
     for text in (good, bad, apart):
         assert all(len(line) <= width and line == line.rstrip() for line in text.splitlines())
+
+
+def test_a_place_is_named_only_where_there_is_a_difference(a: Record, b: Record) -> None:
+    def largest(report: Report) -> list[str]:
+        lines = page(report, 100).splitlines()
+        start = next(number for number, line in enumerate(lines) if line.split()[:1] == ["largest"])
+        return [" ".join(line.split()) for line in lines[start + 1 : start + 6]]
+
+    assert largest(compare(a, b)) == [
+        *("loss 0 1e-04", "gradient norm 0 1e-03", "rows before 0 1e-04", "rows after 0 1e-04", "adapter 0 1e-03")
+    ]
+    found = largest(compare(a, with_rows(at_step(b, 2, loss=b.steps[1].loss * (1 + 1e-5)), final_nll=1 + 1e-5)))
+    assert found[0] == "loss 1.0e-05 1e-04 step 2" and found[1] == "gradient norm 0 1e-03"
+    place, of = b.rows.row_ids[2] + 1, len(b.rows.row_ids)
+    assert found[2] == "rows before 0 1e-04" and found[3] == f"rows after 1.0e-05 1e-04 row {place} of {of}"
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_the_next_command_keeps_the_settings_and_can_be_pasted(a: Record, b: Record, width: int) -> None:
+    typed = ["--model", "my model", "--data", "rows.jsonl", "--set", "lora.rank=8", "--lr", "0.3"]
+    shown = page(compare(a, b), width, typed=typed)
+    command = shown[shown.index("next ") + 4 :]
+    assert shlex.split(command.replace("\\\n", " ")) == ["python", "cli.py", "train", *typed, "--backend", "mlx"]
+    assert "next" not in page(compare(a, at_step(b, 2, loss=9.0)), width, typed=typed)
+
+
+def test_the_next_command_after_two_records_has_their_settings() -> None:
+    changes: dict[str, Any] = {"model": {"path": "org/it"}, "lora": {"dropout": 0.1, "targets": ["q_proj", "v_proj"]}}
+    one, other = (make_record(backend=backend, **changes) for backend in ("mlx", "cuda"))
+    shown = page(compare(one, other), 100)
+    words = shlex.split(shown[shown.index("next ") + 4 :].replace("\\\n", " "))
+    given = words[3:]
+    assert given[:4] == ["--model", "org/it", "--data", one.config["data"]["path"]]
+    settings = resolve(assignments=[given[at + 1] for at, word in enumerate(given) if word == "--set"]).config
+    assert to_plain(settings)["lora"] == {**one.config["lora"], "dropout": RunConfig().lora.dropout}
+    assert to_plain(settings)["optim"] == one.config["optim"]
+    assert settings.train.accumulation == 2 and settings.train.max_steps is None
 
 
 def test_many_steps_are_thinned_but_the_telling_ones_stay() -> None:
@@ -328,17 +390,25 @@ def test_the_plot_shows_losses_and_differences(
     saved: list[Figure] = []
     real = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (saved.append(self), real(self, *args, **kw)))
-    report = compare(a, with_rows(at_step(b, 2, loss=9.0), base_nll=1.5))
+    report = compare(a, with_adapter(with_rows(at_step(b, 2, loss=9.0), base_nll=1.5), 5e-3))
     write_parity_plot(tmp_path, report)
     with Image.open(tmp_path / PLOT) as image:
         assert image.size == (1200, 1200)
-    losses, differences, rows = saved[0].axes
+    assert all(axes.bbox.width > 400 and axes.bbox.height > 200 for axes in saved[0].axes), "the layout found room"
+    losses, differences, rows, tensors = saved[0].axes
     assert losses.lines[0].get_ydata().tolist() == [step.loss for step in a.steps]
     assert losses.lines[1].get_ydata()[1] == 9.0
     drawn = differences.lines[0].get_ydata().tolist()
-    assert drawn[1] == pytest.approx(1 - a.steps[1].loss / 9.0) and drawn[0] == SMALLEST
+    assert drawn[1] == pytest.approx(1 - a.steps[1].loss / 9.0) and np.isnan(drawn[0]), "no line leads to 0"
+    zeros = differences.lines[1]
+    assert zeros.get_xdata().tolist() == [1, 3, 4, 5] and set(zeros.get_ydata()) == {0.0}
+    assert zeros.get_linestyle() == "None" and differences.get_yticks()[0] == differences.get_ylim()[0] == 0
     assert rows.lines[0].get_ydata()[0] == pytest.approx(1 / 3)
-    assert differences.get_yscale() == rows.get_yscale() == "log"
+    assert tensors.lines[0].get_ydata().tolist() == pytest.approx([5e-3 / 1.005], rel=1e-3)
+    assert ADAPTER_TOLERANCE in tensors.lines[1].get_ydata()
+    assert {axes.get_yscale() for axes in (differences, rows, tensors)} == {"symlog"}
+    title = saved[0].get_suptitle()
+    assert "fake" in title and "No parity. mlx and cuda part first at: base losses." in title
 
 
 def test_no_plot_of_records_that_cannot_be_compared(a: Record, b: Record, tmp_path: Path) -> None:
