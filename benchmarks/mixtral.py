@@ -32,6 +32,7 @@ a folder of bfloat16 shards (12.1 GB, one a layer, which the system still has in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
@@ -109,10 +110,12 @@ LOAD_FIGURES = ("seconds", "device_peak_gb", "device_reserved_gb", "host_before_
 
 def take_turn(tool: str, turn: Turn) -> Result:
     """Loads, then trains at each width; what does not fit is said and not measured."""
+    import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401
 
+    import backends.cuda.learner
+    import backends.cuda.model  # noqa: F401  (imports are not part of a load)
     from backends.cuda.memory import choose_device, total_bytes
     from core.errors import OutOfMemoryError
 
@@ -197,9 +200,8 @@ def reset_peaks(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    clear = Path("/proc/self/clear_refs")  # Linux: 5 resets the resident set's peak
-    if clear.exists():
-        clear.write_text("5")
+    with contextlib.suppress(OSError):  # Linux, where a container lets us: 5 resets the resident set's peak
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_peaks(device: torch.device) -> Result:
@@ -214,7 +216,7 @@ def device_peaks(device: torch.device) -> Result:
 
 
 def host_memory() -> tuple[int, int]:
-    """Resident bytes of this process: now, and the peak since it was reset (but on Linux: since the start)."""
+    """Resident bytes of this process: now, and the peak since it was reset (where it can't be, since the start)."""
     import torch
 
     from backends.cuda.memory import memory_stats
@@ -384,6 +386,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULT, help="default: %(default)s")
     parser.add_argument("--turn", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.limit_gb is not None and args.device == "cpu":
+        parser.error("--limit-gb is for a GPU")
     if args.tiny:
         args.shape, args.tokens, args.steps, args.repeats = "tiny", [16, 48], 2, 1
     args.only = args.only or installed_tools()

@@ -61,6 +61,8 @@ class Turn:
 class RandomSource:
     """`backends.cuda.streaming.Source`: every matrix drawn on the device when it is asked for, norms are ones."""
 
+    name = "random"
+
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         import torch
 

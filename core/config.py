@@ -37,7 +37,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. `auto`: bfloat16 on an accelerator, float32 on a CPU."""
     cache_packed: bool = True
-    """Keep a mixture's 4-bit weights on disk once they are packed (CUDA), so that the next start takes seconds."""
+    """Keep a mixture's 4-bit weights on disk once they are packed (CUDA), so that the next start packs nothing."""
     trust_remote_code: bool = False
     """Let code from the model folder run (tokenizers and models with code of their own)."""
 

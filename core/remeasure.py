@@ -126,5 +126,5 @@ def _best(progress: Progress, stopping: EarlyStopping, measure: _Measure, adapte
     stopping.rebase(losses.mean)
     routing = measure.routing(losses)
     if routing is not None and progress.base_routing is not None:
-        progress.best_routing = RoutingReport(routing, base=progress.base_routing).scalars
+        progress.best_routing = RoutingReport(routing, base=progress.base_routing).summary
     return f"{name}, of step {stopping.best_step}, {losses.mean:.3f} ({before:.3f})"

@@ -129,6 +129,11 @@ class RoutingReport:
         values = (float(entropy.mean()), float(entropy[lowest]), lowest, float(moved[furthest]), furthest)
         return dict(zip(SCALARS, values, strict=True))
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The scalars and, in words, the layers that collapsed: None if none did."""
+        return {**self.scalars, "collapse": describe(self.collapses) or None}
+
     def to_record(self) -> dict[str, Any]:
         """What the journal keeps: the scalars, the layers that collapsed, and the shares to 4 digits."""
         shares = [[round(float(share), 4) for share in layer] for layer in self.routing.shares]

@@ -15,6 +15,7 @@ from rich.console import Console
 from core import census, init_adapter
 from core.adapter import Adapter
 from core.adapter_files import write_adapter
+from core.architecture import ROUTER
 from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig, to_plain
@@ -323,7 +324,7 @@ class Session:
     def _announce(self, checkpoint: Checkpoint | None) -> None:
         """What will be trained on what."""
         config, data, adapter = self._config, self._job.data, self._job.adapter
-        names = " ".join(key.rsplit(".", 1)[-1] for key in adapter.layer_keys)
+        names = " ".join("router" if key == ROUTER else key.rsplit(".", 1)[-1] for key in adapter.layer_keys)
         layers = f"{len(adapter.layers)} of {adapter.num_layers} layers"
         ranks = " and ".join(str(rank) for rank in adapter.ranks)
         lines = [

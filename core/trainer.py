@@ -135,7 +135,7 @@ class Progress:
     last_gap: Gap | None = None
     base_routing: Routing | None = None
     """Of a mixture, before the first step."""
-    best_routing: dict[str, float | int] | None = None
+    best_routing: dict[str, Any] | None = None
     """`core.routing.SCALARS` of the best step."""
     window: Window = field(default_factory=Window)
     num_target_tokens: int = 0
@@ -349,7 +349,7 @@ class Trainer:
             self.progress.base_routing = routing
         report = RoutingReport(routing, base=self.progress.base_routing)
         if is_best:
-            self.progress.best_routing = report.scalars
+            self.progress.best_routing = report.summary
         self._screen.show_routing(report, step=step)
         return report.to_record()
 

@@ -74,6 +74,8 @@ def verdict_lines(
     lines = [_headline(summary, gap, guard)]
     if (warning := relative_warning(gap, guard)) is not None:
         lines.append(f"  note              {warning}")
+    if (collapsed := (summary.get("routing") or {}).get("collapse")) is not None:
+        lines.append(f"  experts           the router collapsed: {collapsed}")
     lines += [
         f"  validation loss   {summary['base_val_loss']:.3f} → {gap.val_loss:.3f}   ({_best(summary)})",
         f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}",

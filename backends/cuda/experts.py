@@ -41,9 +41,11 @@ def route(
     """
     num_tokens, k = index.shape
     order = index.flatten().argsort(stable=True)  # tokens of the same expert side by side
+    # no bincount: it would wait for the device once more
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=index.device)
+    counts.scatter_add_(0, index.flatten(), torch.ones_like(index.flatten()))
     # device-to-host synchronisation: the sizes of the experts' shares
-    counts = index.flatten().bincount(minlength=num_experts).tolist()
-    shares = hidden[order // k].split(counts)
+    shares = hidden[order // k].split(counts.tolist())
     found = torch.cat([apply(expert, share) for expert, share in enumerate(shares) if len(share)])
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,7 +78,8 @@ class CudaLearner:
     def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
         """One optimiser step over all `microbatches`; `step` counts from 1.
 
-        Nothing in here waits for the device: the outputs are device scalars.
+        Nothing in here waits for the device, but that a mixture's layers ask how many tokens each expert has: the
+        outputs are device scalars.
 
         Raises:
             OutOfMemoryError: the step did not fit.
@@ -262,6 +264,7 @@ class CudaLearner:
         """Lets go of the model and its memory; the learner is of no use afterwards."""
         for name in ("model", "_decoder", "_head", "_parameters", "_optimizer"):
             setattr(self, name, None)
+        gc.collect()  # a 4-bit layer and its weight hold each other
         if self.device.type == GPU:
             torch.cuda.empty_cache()
 
@@ -274,13 +277,19 @@ def weights_of(model: torch.nn.Module, adapter: Mapping[str, torch.nn.Parameter]
     for name, parameter in model.named_parameters():
         if id(parameter) in trained:
             continue
+        name = _unwrapped(name)
         if (state := getattr(parameter, "quant_state", None)) is None:
             yield Weight(name, _dtype(parameter), parameter.numel(), parameter.nbytes)
         else:
             yield Weight(name, state.quant_type, math.prod(state.shape), parameter.nbytes + state_bytes(state))
     for name, module in model.named_modules():
         if isinstance(module, Nf4Matrix):
-            yield Weight(name, KIND, math.prod(module.shape), module.num_bytes)
+            yield Weight(_unwrapped(name), KIND, math.prod(module.shape), module.num_bytes)
+
+
+def _unwrapped(name: str) -> str:
+    """The base model's own name of something that an adapter was put around, by PEFT or by us."""
+    return name.replace(".base_layer.", ".").replace(".base.", ".")
 
 
 def _dtype(tensor: torch.Tensor) -> str:

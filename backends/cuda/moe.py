@@ -68,11 +68,16 @@ class LoraPair(torch.nn.Module):  # type: ignore[misc]
         self.a = torch.nn.Parameter(torch.from_numpy(a.copy()))
         self.b = torch.nn.Parameter(torch.from_numpy(b.copy()))
         self.scale = adapter.scale_of(name)
+        self._each: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] = ((), ())
 
     def forward(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """scale * B A x, in the type of `x`: [tokens, in] -> [tokens, out]."""
-        a, b = (self.a, self.b) if expert is None else (self.a[expert], self.b[expert])
-        return self.scale * F.linear(F.linear(x.to(a.dtype), a), b).to(x.dtype)
+        """scale * B A x, in the type of `x`: [tokens, in] -> [tokens, out]. Under autocast nothing is cast here."""
+        a, b = (self.a, self.b) if expert is None else (self._each[0][expert], self._each[1][expert])
+        return self.scale * F.linear(F.linear(x, a), b).to(x.dtype)
+
+    def split(self) -> None:
+        """Before a forward pass: the experts' matrices one by one, so that their gradients are put together once."""
+        self._each = self.a.unbind(0), self.b.unbind(0)
 
 
 class _Lora(torch.nn.Module):  # type: ignore[misc]
@@ -116,6 +121,8 @@ class LoraExperts(_Lora):
     def forward(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As `backends.cuda.experts.route`."""
         base: Any = self.base
+        for pair in self.pairs.values():
+            pair.split()
         return route(hidden, index, weights, num_experts=base.num_experts, apply=self._expert)
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:

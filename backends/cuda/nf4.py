@@ -80,5 +80,6 @@ class Nf4Matrix(torch.nn.Module):  # type: ignore[misc]
         """[tokens, in] -> [tokens, out], in the type of `x`."""
         from bitsandbytes import matmul_4bit
 
-        product: torch.Tensor = matmul_4bit(x, self.packed, quant_state=self.state)
+        # transposed, as `Linear4bit` gives it: bitsandbytes 0.49 goes by the stride, 0.50 no longer
+        product: torch.Tensor = matmul_4bit(x, self.packed.t(), quant_state=self.state)
         return product

@@ -12,54 +12,78 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from backends.cuda.nf4 import BLOCK, Nf4Matrix
-from core.files import read_json, sha256_of, to_json, write_atomic
+from core.files import read_json, sha256_of, to_json
 from core.models.fingerprint import model_fingerprint
 from core.models.wheel import cache_folder
+from core.protocols import Weight
 
 log = logging.getLogger("twinkeel")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_DRAFT = ".making-"
+"""Start of a draft's folder name; the number of its process follows."""
 _PART = "|"
 """Between the name of a matrix and the name of what belongs to it; in no tensor's name."""
 _AIR = 1.2
 """The disk must have more room than the packed weights need by this factor."""
 
 
-def open_cache(model: Path, dtype: torch.dtype, *, num_bytes: int) -> PackedCache | None:
-    """The place for a model's packed weights, `num_bytes` of them; None, with a line, when the disk has no room."""
-    folder = cache_folder() / "nf4" / _key(model, dtype)
-    cache = PackedCache(folder)
-    needed = _AIR * num_bytes
+def open_cache(model: Path, dtype: torch.dtype, plan: Sequence[Weight], *, source: str = "") -> PackedCache | None:
+    """The place for a model's packed weights; None, with a line, when the disk has no room for them.
+
+    Args:
+        plan: what the loaded model will consist of.
+        source: name of where the weights come from, if that is not the model folder.
+    """
+    cache = PackedCache(cache_folder() / "nf4" / _key(model, dtype, plan, source))
+    needed, parent = _AIR * sum(weight.bytes for weight in plan), cache.folder.parent
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder.parent).free
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(parent)
+        free = shutil.disk_usage(parent).free
     except OSError as error:
-        log.info("4-bit weights are not kept: %s can't be written (%s)", folder.parent, error.strerror)
+        log.info("4-bit weights are not kept: %s can't be written (%s)", parent, error.strerror)
         return None
-    if not folder.exists() and free < needed:
+    if not cache.folder.exists() and free < needed:
+        others = sum(path.stat().st_size for path in parent.rglob("*.safetensors"))
         log.info(
-            "4-bit weights are not kept: %s has %.0f GB free, %.0f are needed", folder.parent, free / 1e9, needed / 1e9
+            "4-bit weights are not kept: %s needs %.1f GB and has %.1f free; of other models it holds %.1f GB",
+            parent,
+            needed / 1e9,
+            free / 1e9,
+            others / 1e9,
         )
         return None
     return cache
 
 
-def _key(model: Path, dtype: torch.dtype) -> str:
-    digest = hashlib.sha256(f"{FORMAT} nf4 {BLOCK} double {dtype} {model_fingerprint(model)}".encode())
+def _key(model: Path, dtype: torch.dtype, plan: Sequence[Weight], source: str) -> str:
+    digest = hashlib.sha256(f"{FORMAT} nf4 {BLOCK} double {dtype} {source} {model_fingerprint(model)}".encode())
+    for weight in plan:  # other versions of transformers may name parameters otherwise
+        digest.update(f"{weight.name} {weight.dtype} {weight.parameters}\n".encode())
     for path in sorted(model.glob("*.safetensors")):  # the fingerprint does not see a change within a file
         digest.update(f"{path.name} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
+
+
+def _remove_unfinished(parent: Path) -> None:
+    """Drafts of processes that were killed: up to a whole model each."""
+    for draft in parent.glob(f"{_DRAFT}*"):
+        number = draft.name.removeprefix(_DRAFT).partition("-")[0]
+        if not (number.isdecimal() and psutil.pid_exists(int(number))):
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,35 +122,29 @@ class PackedCache:
 
     @contextmanager
     def writing(self) -> Iterator[Draft]:
-        """A draft that becomes the cache when the context ends well. A full disk costs the cache, not the run."""
-        scratch = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
-        draft = Draft(scratch)
+        """A draft that becomes the cache when the context ends well. A disk that fails costs the cache, not the run."""
+        draft = Draft(self.folder.parent)
         try:
             yield draft
-            if draft.finish():
-                # another process may have been quicker: then theirs is as good
-                if not self.folder.exists():
-                    scratch.replace(self.folder)
-                log.info("4-bit weights kept in %s", self.folder)
-        except OSError as error:
-            log.warning("4-bit weights are not kept: %s", error)
+            draft.become(self.folder)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            draft.remove()
 
 
 class Draft:
-    """A cache in the making."""
+    """A cache in the making. What the disk refuses is said once, and ends the draft."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, parent: Path) -> None:
         self._files: dict[str, dict[str, Any]] = {}
-        self._failed = False
+        self._folder: Path | None = None
+        with self._giving_up():
+            self._folder = Path(tempfile.mkdtemp(prefix=f"{_DRAFT}{os.getpid()}-", dir=parent))
 
     def write(self, piece: str, values: Mapping[str, torch.Tensor | Nf4Matrix]) -> None:
-        from safetensors import SafetensorError
+        """Keeps a portion of the model."""
         from safetensors.torch import save_file
 
-        if self._failed:
+        if self._folder is None:
             return
         tensors: dict[str, torch.Tensor] = {}
         for name, value in values.items():
@@ -136,19 +154,36 @@ class Draft:
             else:
                 tensors[name] = value.cpu().contiguous()
         path = self._folder / f"{piece}.safetensors"
-        try:
+        with self._giving_up():
             save_file(tensors, path)
             self._files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+    def become(self, folder: Path) -> None:
+        """Puts the whole draft in its place; if another process was quicker, its cache is as good."""
+        if self._folder is None:
+            return
+        with self._giving_up():
+            self._folder.chmod(0o755)
+            (self._folder / MANIFEST).write_text(to_json({"format": FORMAT, "files": self._files}), encoding="utf-8")
+            if not folder.exists():
+                self._folder.replace(folder)
+            log.info("4-bit weights kept in %s", folder)
+
+    def remove(self) -> None:
+        """Takes back what is still a draft."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        from safetensors import SafetensorError
+
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             log.warning("4-bit weights are not kept: %s", error)
-            self._failed = True
-
-    def finish(self) -> bool:
-        if self._failed:
-            return False
-        self._folder.chmod(0o755)
-        write_atomic(self._folder / MANIFEST, to_json({"format": FORMAT, "files": self._files}))
-        return True
+            self.remove()
+            self._folder = None
 
 
 def _has(path: Path, expected: Mapping[str, Any]) -> bool:

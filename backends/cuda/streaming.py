@@ -47,6 +47,9 @@ _SAY_EVERY = 10.0
 class Source(Protocol):
     """Where unpacked weights come from, one matrix at a time."""
 
+    name: str
+    """Tells what it gives from what a model folder, or another source, gives: packed weights are kept under it."""
+
     def has(self, name: str) -> bool:
         """Whether it holds the parameter of this name, transformers' name."""
         ...
@@ -77,8 +80,12 @@ def load_packed(
         UserError: experts of another form, or missing or misshapen weights.
     """
     base = empty_model(model.path, config, dtype=dtype, attention=attention)
-    needed = sum(weight.bytes for weight in planned_weights(base))
-    cache = packed_cache.open_cache(model.path, dtype, num_bytes=needed) if config.cache_packed else None
+    plan = planned_weights(base)
+    cache = (
+        packed_cache.open_cache(model.path, dtype, plan, source="" if source is None else source.name)
+        if config.cache_packed
+        else None
+    )
     if cache is not None and cache.is_whole():
         log.info("4-bit weights as packed before, from %s", cache.folder)
         for piece in pieces(base):
@@ -198,6 +205,8 @@ def _read(
 class _Checkpoint:
     """The tensors of a model folder by name; one shard is open at a time."""
 
+    name = ""
+
     def __init__(self, model: ResolvedModel) -> None:
         self._name = model.name
         self._files = {
@@ -293,7 +302,8 @@ class _Checkpoint:
 
 def _install(base: PreTrainedModel, values: Mapping[str, torch.Tensor | Nf4Matrix], dtype: torch.dtype) -> None:
     experts: dict[str, list[Nf4Matrix]] = {}
-    for name, value in values.items():
+    # matrices first: a packed layer takes the place of the one that has the bias
+    for name, value in sorted(values.items(), key=lambda item: not isinstance(item[1], Nf4Matrix)):
         path, _, leaf = name.rpartition(".")
         if isinstance(value, Nf4Matrix) and leaf.isdecimal():
             experts.setdefault(path, []).append(value)

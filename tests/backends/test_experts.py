@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from core.adapter import Adapter, split_name
+from core.architecture import read_architecture
+from core.census import census
 from core.protocols import IGNORE, Batch, TrainState
 from tests.backends.conftest import Open, make_adapter, make_batch, make_config, microbatches, resolved
 from tests.tiny import make_model
@@ -210,3 +213,27 @@ def test_the_head_is_carried_but_not_trained(backend: str, folders: dict[str, Pa
     adapter = Adapter(modules={"lm_head": LoraModule(2, 2.0)}, tensors=tensors, num_layers=2)
     with pytest.raises(UserError, match="lm_head can't be trained"):
         backends.get(backend).open(make_config(), resolved(folders["llama"]), adapter)
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_every_weight_is_counted_once(opened: Open, mixtral: Path, bits: int) -> None:
+    """By kind, against the shapes in config.json; adapters put around modules change no kind."""
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+    lora = lora_of([*TARGETS["gate"], "up_proj", "down_proj", "mlp.gate", "q_proj"])
+    learner = opened(mixtral, lora=lora, model={"bits": bits})
+    counted: dict[str, int] = {}
+    for group in census(learner.weights()):
+        counted[group.kind] = counted.get(group.kind, 0) + group.parameters
+    architecture = read_architecture(mixtral)
+    shapes = {key: math.prod(shape) for key, shape in architecture.module_shapes().items()}
+    layers, adapter = architecture.num_layers, make_adapter(mixtral, make_config(lora=lora))
+    assert counted == {
+        "experts": layers * sum(size for key, size in shapes.items() if ".experts." in key),
+        "attention": layers * sum(size for key, size in shapes.items() if "self_attn" in key),
+        "router": layers * shapes["mlp.gate"],
+        "embeddings": 2 * architecture.vocab_size * architecture.hidden_size,
+        "norms": (2 * layers + 1) * architecture.hidden_size,
+        "adapters": adapter.num_parameters,
+    }
+    assert sum(counted.values()) == learner.num_parameters

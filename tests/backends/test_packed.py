@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,31 @@ def test_the_same_batch_gives_the_same_bits(mixtral: Path) -> None:
     learner = open_learner("cuda", mixtral, lora={"targets": "all-linear"}, **BITS)
     one, other = learner.evaluate(MANY), learner.evaluate(MANY)
     assert one.nll.tobytes() == other.nll.tobytes()
+
+
+def test_the_same_step_gives_the_same_bits(mixtral: Path) -> None:
+    ends = []
+    for _ in range(2):
+        learner = open_learner("cuda", mixtral, lora={"targets": "all-linear", "dropout": 0.1}, **BITS)
+        for step in (1, 2):
+            learner.train_step(MANY, step=step, lr=1e-3)
+        ends.append(learner.export_state().adapter)
+    for name, value in ends[0].items():
+        assert value.tobytes() == ends[1][name].tobytes(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_stays_near_float32(mixtral: Path, checkpointing: bool) -> None:
+    sections = {
+        "lora": {"targets": ["gate_proj", "down_proj", "mlp.gate"]},
+        "train": {"gradient_checkpointing": checkpointing},
+    }
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        learner = open_learner("cuda", mixtral, model={"bits": 4, "dtype": dtype}, **sections)
+        found.append([float(learner.train_step(MANY, step=step, lr=1e-2).loss) for step in (1, 2, 3)])
+    np.testing.assert_allclose(found[0], found[1], rtol=0.01)
+    assert found[1][2] < found[1][0]
 
 
 def test_frozen_layers_have_no_adapter_and_no_gradient(mixtral: Path) -> None:
@@ -336,17 +362,80 @@ def test_a_manifest_of_another_format_is_not_used(mixtral: Path, cache: Path) ->
     assert not folder.exists()
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_run(
-    mixtral: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+FAILURES = {
+    "the first file": ("safetensors.torch.save_file", OSError(28, "No space left on device")),
+    "the draft": ("tempfile.mkdtemp", PermissionError(13, "Permission denied")),
+    "the manifest": ("pathlib.Path.write_text", OSError(28, "No space left on device")),
+    "the last step": ("pathlib.Path.replace", OSError(30, "Read-only file system")),
+}
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with caplog.at_level(logging.WARNING, "twinkeel"):
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_disk_that_fails_costs_the_cache_and_not_the_run(
+    mixtral: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    name, error = FAILURES[where]
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    with caplog.at_level(logging.WARNING, "twinkeel"), monkeypatch.context() as patch:
+        patch.setattr(name, fail)
         load(mixtral)
     assert caplog.text.count("4-bit weights are not kept") == 1
     assert not list(cache.iterdir())
+
+
+def test_an_error_of_the_loading_stays_that_error(
+    mixtral: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(matrix: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Nf4Matrix, "of", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        load(mixtral)
+    assert "not kept" not in caplog.text
+    assert not list(cache.iterdir())
+
+
+def test_drafts_of_killed_processes_are_removed(mixtral: Path, cache: Path) -> None:
+    dead, mine = cache / ".making-4194999-x", cache / f".making-{os.getpid()}-y"
+    for draft in (dead, mine):
+        draft.mkdir(parents=True)
+    load(mixtral)
+    assert not dead.exists()
+    assert mine.exists()
+
+
+def test_weights_from_elsewhere_have_a_cache_of_their_own(mixtral: Path, cache: Path) -> None:
+    class Zeros:
+        name = "zeros"
+
+        def has(self, name: str) -> bool:
+            return True
+
+        def read(self, name: str, shape: tuple[int, ...]) -> Iterator[Any]:
+            yield from torch.zeros(shape if len(shape) == 3 else (1, *shape))
+
+    first = bits_of(load(mixtral))
+    settings = {"device": torch.device("cpu"), "dtype": torch.float32, "attention": ATTENTION}
+    streaming.load_packed(resolved(mixtral), ModelConfig(bits=4), source=Zeros(), **settings)
+    assert len(list(cache.iterdir())) == 2
+    assert bits_of(load(mixtral)) == first
+
+
+def test_a_model_with_biases_starts_a_second_time(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.OlmoeConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2, vocab_size=96, attention_bias=True, pad_token_id=0,
+    )  # fmt: skip
+    transformers.OlmoeForCausalLM(config).save_pretrained(tmp_path / "biased")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        one, other = (load(tmp_path / "biased")(ids).logits for _ in range(2))
+    assert torch.equal(one, other)
 
 
 def test_no_cache_when_it_is_switched_off_or_has_no_room(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from core.routing import SCALARS
 from tests.backends.conftest import skip_without
 from tests.cli.conftest import Result
 from tests.tiny import make_model
@@ -49,8 +50,12 @@ def test_a_trained_router_from_command_to_plot(
     assert all(record["aux_loss"] * 1.1 >= 2 for record in records if record["step"])
     summary = json.loads((run / "training_summary.json").read_text())
     best = next(record for record in records if record["step"] == summary["best_step"])
-    assert summary["routing"] == {name: best["routing"][name] for name in summary["routing"]}
+    assert tuple(name for name in summary["routing"] if name != "collapse") == SCALARS
+    assert all(summary["routing"][name] == best["routing"][name] for name in SCALARS)
     assert summary["routing"]["moved_max"] > 0
+    if best["routing"]["collapsed"]:  # as it does here at this rate: the verdict says so too
+        assert summary["routing"]["collapse"].startswith(f"layer {best['routing']['collapsed'][0]}: ")
+        assert f"the router collapsed: {summary['routing']['collapse']}" in result.out
     rows = list(csv.DictReader((run / "training_metrics.csv").open()))
     assert float(rows[-1]["routing.entropy"]) == records[-1]["routing"]["entropy"]
     assert (run / "experts.png").read_bytes().startswith(b"\x89PNG")
