@@ -34,7 +34,7 @@ train: $(VENV)/.setup  ## fine-tune SmolLM2 on the shipped questions: make train
 	$(BIN)/python cli.py train --preset quickstart $(ARGS)
 
 test: $(VENV)/.setup-dev  ## run the whole test suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.setup-dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -15,3 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _CACHE = tempfile.mkdtemp(prefix="twinkeel-tests-")
 os.environ["TWINKEEL_CACHE"] = _CACHE
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+
+_LONGEST = ("tests/kill/", "tests/cli/test_convert.py", "tests/cli/test_moves.py", "tests/parity/test_two_backends.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: two processes share the files, and neither should wait for the other at the end."""
+    items.sort(
+        key=lambda item: next((n for n, name in enumerate(_LONGEST) if item.nodeid.startswith(name)), len(_LONGEST))
+    )

@@ -192,6 +192,8 @@ def test_an_interrupted_parity_leaves_nothing_and_says_so_once(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # a runner in the background has SIGINT ignored, and hands that down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         assert process.stdout is not None
