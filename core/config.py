@@ -38,6 +38,11 @@ class ModelConfig(Section):
     """Compute type. `auto`: bfloat16 on an accelerator, float32 on a CPU."""
     cache_packed: bool = True
     """Keep a mixture's 4-bit weights on disk once they are packed (CUDA), so that the next start packs nothing."""
+    low_memory: bool = False
+    """Keep only the layers with adapters on the device: the frozen ones below are read one by one to fill the prefix
+    store, and not again. Needs `lora.frozen_fraction`."""
+    stream_layers: bool = False
+    """Keep not even these: each layer's weights come to the device when it is their turn, forward and backward."""
     trust_remote_code: bool = False
     """Let code from the model folder run (tokenizers and models with code of their own)."""
 
@@ -143,10 +148,17 @@ class TrainConfig(Section):
     """Train for so many optimiser steps, fewer or more than `epochs` says."""
     batch_size: Count = 2
     """Rows in a micro-batch."""
+    batch_tokens: Count | None = None
+    """Positions in a micro-batch, padding included, in place of `batch_size`: short rows go many at a time."""
     accumulation: Count = 4
     """Micro-batches in an optimiser step."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass: less memory, a third slower. `auto`: from 1 billion parameters."""
+    prefix_store: Literal["auto"] | bool = "auto"
+    """Compute what the frozen layers below the first adapter make of each row once, and keep it on disk for this run
+    and the next. `auto`: when it spares a tenth of their work."""
+    prefix_store_gb: Positive = 20.0
+    """Largest size on disk of all that is kept so; what was used longest ago goes first."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Decides the split, the order of the rows, the initial adapter and the dropout."""
 
@@ -231,6 +243,13 @@ class RunConfig(Section):
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}")
         return self
+
+
+def residence(config: RunConfig) -> list[str]:
+    """Which layers are not on the device throughout, in words; nothing when all are."""
+    if config.model.stream_layers:
+        return ["a layer at a time"]
+    return ["frozen layers left out"] if config.model.low_memory else []
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:

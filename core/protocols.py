@@ -6,7 +6,7 @@ tensor library; a backend never writes a file, chooses a row, a learning rate or
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
@@ -32,6 +32,21 @@ Tensors = Mapping[str, npt.NDArray[np.generic]]
 
 
 @dataclass(frozen=True, slots=True)
+class Prefix:
+    """What the frozen layers below the first adapter make of a row: a function of its tokens and the base alone."""
+
+    states: npt.NDArray[np.generic]
+    """[T, hidden]: input of the first layer with an adapter, in the compute type; bfloat16 as its bits, uint16."""
+    routed: npt.NDArray[np.float32] | None = None
+    """float32 [2, layers, experts], of a mixture's frozen layers: tokens that each expert got, and router
+    probabilities summed over the tokens."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.states.nbytes + (0 if self.routed is None else self.routed.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of similar length, right-padded to one width, ready for a causal language model.
 
@@ -44,6 +59,9 @@ class Batch:
     """int32 [B, T]"""
     targets: TokenArray
     """int32 [B, T]: already shifted; `IGNORE` where there is no loss."""
+    prefix: Prefix | None = None
+    """When it is known: states [B, T, hidden], 0 in the padding, and routed [2, layers, experts] summed over the rows.
+    A learner then begins at its first adapter."""
 
     @property
     def num_targets(self) -> int:
@@ -214,6 +232,25 @@ class Learner(Protocol):
     @property
     def description(self) -> str:
         """What was loaded, for a person: `16-bit, float32 compute, CPU (2 cores)`."""
+        ...
+
+    @property
+    def num_prefix_layers(self) -> int:
+        """Layers below the lowest adapter: what they make of a row never changes."""
+        ...
+
+    def prefixes(self, rows: Sequence[TokenArray]) -> Iterator[Prefix]:
+        """What these layers make of each row, in order.
+
+        Every row is computed by itself and without padding, so that its prefix is the same to the bit whatever rows
+        are asked for with it.
+
+        Args:
+            rows: int32 [T] each: a row's inputs without padding.
+
+        Raises:
+            OutOfMemoryError: a row did not fit.
+        """
         ...
 
     @property

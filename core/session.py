@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from core import census, init_adapter
-from core.adapter import Adapter
+from core.adapter import Adapter, trains_router
 from core.adapter_files import write_adapter
 from core.architecture import ROUTER
 from core.checkpoint import FOLDER as CHECKPOINTS
@@ -38,6 +38,7 @@ from core.moves import (
     replay_last_evaluation,
 )
 from core.plots import write_training_curves
+from core.prefix import PrefixReport
 from core.protocols import Learner, Tensors
 from core.remeasure import remeasure
 from core.row_losses import read_row_losses
@@ -56,8 +57,12 @@ _log = logging.getLogger("twinkeel")
 class Session:
     """Holds what a run needs while it runs. The caller has locked the folder and closes the learner."""
 
-    def __init__(self, job: Job, learner: Learner, folder: Path, *, console: Console) -> None:
+    def __init__(
+        self, job: Job, learner: Learner, folder: Path, *, console: Console, prefix: PrefixReport | None = None
+    ) -> None:
+        """`prefix`: what the learner was spared; it was done before this."""
         self._job = job
+        self._prefix = prefix
         self._config = job.config
         self._learner = learner
         self._folder = folder
@@ -164,6 +169,7 @@ class Session:
             should_interrupt=flag,
             identity=self._job.identity,
             origin={PLACE: self._place.to_dict(self._arrival.moves)},
+            seconds_before=0.0 if self._prefix is None else self._prefix.seconds,
         )
 
     @contextmanager
@@ -250,7 +256,12 @@ class Session:
             num_val_rows=self._job.data.num_val_rows,
             error=error,
         )
-        return {**summary, "weights": census.to_plain(self._census), MOVES: plain(self._arrival.moves)}
+        return {
+            **summary,
+            "weights": census.to_plain(self._census),
+            "prefix_store": None if self._prefix is None else asdict(self._prefix),
+            MOVES: plain(self._arrival.moves),
+        }
 
     # --- what it says -------------------------------------------------------------------------------------------------
 
@@ -333,6 +344,7 @@ class Session:
             f"  adapter  rank {ranks} on {names} in {layers} · "
             f"{count(self._learner.num_trainable)} of {count(self._learner.num_parameters)} parameters",
             f"  weights  {census.line(self._census)}",
+            *self._prefix_lines(),
             f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
             f"  plan     {self._plan.total_steps} steps of {config.train.batch_size * config.train.accumulation} rows, "
@@ -346,6 +358,14 @@ class Session:
             _log.warning(warning)
         if checkpoint is None:
             self._warn_of_rare_evaluations()
+
+    def _prefix_lines(self) -> list[str]:
+        if (prefix := self._prefix) is None:
+            return []
+        return [
+            f"  frozen   {prefix.layers} of {self._job.adapter.num_layers} layers computed once for {prefix.rows} rows "
+            f"({_size(prefix.bytes)}): {100 * prefix.spared:.0f} % of their work spared"
+        ]
 
     def _epochs(self) -> str:
         epochs = self._plan.total_steps / self._plan.steps_per_epoch
@@ -380,7 +400,15 @@ class Session:
             return "same training in less memory: --set train.gradient_checkpointing=true"
         if self._config.model.bits == 16:
             return "hold the base in 4 bits: --bits 4"
+        if self._learner.num_prefix_layers and not self._config.model.low_memory:
+            return "the same training without the frozen layers in memory: --set model.low_memory=true"
+        if not self._config.model.stream_layers and not trains_router(self._job.adapter.modules):
+            return "the same training, a layer at a time (slower): --set model.stream_layers=true"
         return f"shorter rows: --max-tokens {max(self._job.data.longest_row // 2, 8)}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:

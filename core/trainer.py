@@ -186,8 +186,13 @@ class Trainer:
         should_interrupt: Callable[[], bool] = lambda: False,
         identity: Mapping[str, str] | None = None,
         origin: Mapping[str, Any] | None = None,
+        seconds_before: float = 0.0,
     ) -> None:
-        """Kept in every checkpoint are `identity`, what the run is bound to, and `origin`, what else it came from."""
+        """Kept in every checkpoint are `identity`, what the run is bound to, and `origin`, what else it came from.
+
+        Args:
+            seconds_before: that this process worked for the run before the loop.
+        """
         self._config = config
         self.learner = learner
         self._data = data
@@ -205,7 +210,7 @@ class Trainer:
         self.stopping = EarlyStopping(config.guard.patience, config.guard.min_delta)
         self.progress = Progress()
         self._pending: list[_PendingStep] = []
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - seconds_before
         self._last_beat = -math.inf
         self._last_checkpoint: int | None = None
 

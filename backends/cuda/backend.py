@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from backends.cuda import memory
 from core.adapter import Adapter
 from core.architecture import read_architecture
-from core.config import RunConfig
+from core.config import RunConfig, residence
 from core.errors import UserError
 from core.protocols import DeviceReport, Learner
 
@@ -164,15 +164,24 @@ def _open(
     config: RunConfig, model: ResolvedModel, initial: Adapter, device: torch.device, source: Source | None
 ) -> Learner:
     from backends.cuda.learner import CudaLearner
-    from backends.cuda.model import enable_checkpointing, load_base, put_adapter
+    from backends.cuda.halves import AbsentLayers
+    from backends.cuda.model import enable_checkpointing, load_base, load_upper_base, put_adapter
 
     dtype = compute_dtype(config.model.dtype, device)
-    base = load_base(model, config.model, device=device, dtype=dtype, source=source)
+    absent: AbsentLayers | None = None
+    stream = config.model.stream_layers
+    if config.model.low_memory or stream:
+        base, pieces = load_upper_base(
+            model, config.model, device=device, dtype=dtype, num_below=initial.layers[0], stream=stream, source=source
+        )
+        absent = AbsentLayers(base, pieces, initial.layers[0])
+    else:
+        base = load_base(model, config.model, device=device, dtype=dtype, source=source)
     num_parameters = read_architecture(Path(model.path)).num_parameters
     checkpointing = config.train.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = num_parameters >= CHECKPOINTING_FROM
-    if checkpointing:
+    if checkpointing and not stream:  # streamed layers are recomputed anyway
         enable_checkpointing(base)
     return CudaLearner(
         base,
@@ -181,7 +190,9 @@ def _open(
         device=device,
         dtype=dtype,
         num_base_parameters=num_parameters,
-        description=_describe(config, dtype, device, checkpointing=checkpointing),
+        description=_describe(config, dtype, device, checkpointing=checkpointing and not stream),
+        frozen=absent,
+        stream=stream,
     )
 
 
@@ -200,4 +211,5 @@ def _describe(config: RunConfig, dtype: torch.dtype, device: torch.device, *, ch
     parts = [f"{weights} weights", f"{str(dtype).removeprefix('torch.')} compute"]
     if checkpointing:
         parts.append("gradient checkpointing")
+    parts += residence(config)
     return ", ".join([*parts, memory.device_name(device)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from backends.cuda.halves import AbsentLayers, FrozenLayers, States, part_of, states_of, to_prefix
+from backends.cuda.host_layers import HostLayers
 from backends.cuda.loss import summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
 from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
 from backends.cuda.routers import RouterWatch
-from core.adapter import trains_router
+from core.adapter import split_name, trains_router
 from core.config import RunConfig
 from core.errors import UserError
 from core.protocols import (
@@ -26,9 +29,11 @@ from core.protocols import (
     FloatArray,
     IntArray,
     MemoryStats,
+    Prefix,
     Replay,
     RowLosses,
     StepOutput,
+    TokenArray,
     TrainState,
     Weight,
 )
@@ -51,7 +56,15 @@ class CudaLearner:
         dtype: torch.dtype,
         num_base_parameters: int,
         description: str,
+        frozen: AbsentLayers | None = None,
+        stream: bool = False,
     ) -> None:
+        """Besides what `CudaBackend.open` knows:
+
+        Args:
+            frozen: the layers below the first adapter, if they are not in `model` with their weights.
+            stream: the weights of the other layers are in host memory.
+        """
         self.model = model
         self.device = device
         self.num_trainable = sum(parameter.numel() for parameter in parameters.values())
@@ -65,8 +78,14 @@ class CudaLearner:
         self._routers = RouterWatch(model)
         self._has_aux_loss = trains_router(name.rpartition(".")[0] for name in parameters)
         self._aux_weight = config.moe.aux_loss_weight
-        decoder: Any = model
-        self._decoder, self._head = decoder.model, decoder.lm_head
+        whole: Any = model
+        self._decoder, self._head = whole.model, whole.lm_head
+        self.num_prefix_layers = min(split_name(name)[0] for name in parameters)
+        self._frozen = frozen or FrozenLayers(self._decoder, self.num_prefix_layers)
+        self._is_whole = frozen is None
+        above = self._decoder.layers[self.num_prefix_layers :]
+        self._above = part_of(self._decoder, above, norm=self._decoder.norm)
+        self._streamed = HostLayers(self._decoder, list(above), device) if stream else None
         model.train()
 
     @property
@@ -125,29 +144,74 @@ class CudaLearner:
 
         Returns the two losses, each without gradient and factor; 0 for the second where there is none.
         """
+        if self._streamed is not None:
+            return self._backward_streamed(batch, self._streamed), 0.0
         with self._autocast():
             with self._routers.watching() if self._has_aux_loss else contextlib.nullcontext():
                 hidden, targets = self._at_targets(batch)
             objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
-            aux_loss = self._routers.aux_loss(self._send(batch.is_token)) if self._has_aux_loss else 0.0
+            aux_loss = self._aux_loss(batch) if self._has_aux_loss else 0.0
         if aux_factor and self._has_aux_loss:
             objective = objective + aux_factor * aux_loss
         objective.backward()
         return nll, aux_loss.detach() if isinstance(aux_loss, torch.Tensor) else aux_loss
 
+    def _backward_streamed(self, batch: Batch, layers: HostLayers) -> torch.Tensor:
+        """As `_backward`, layer by layer; without a load-balancing loss, which `CudaBackend.check` sees to."""
+        with self._autocast():
+            states, kept = layers.run_to_train(self._entering(batch))
+            states.requires_grad_()
+            objective, nll = summed_losses(
+                self._head, *self._gathered(batch, self._decoder.norm(states)), smoothing=self._optim.label_smoothing
+            )
+            objective.backward()
+            assert states.grad is not None
+            layers.backward(kept, states.grad)
+        return nll
+
+    def _entering(self, batch: Batch) -> torch.Tensor:
+        """States [B, T, hidden] that enter the first layer with an adapter."""
+        if batch.prefix is not None:
+            return self._to_device(states_of(batch.prefix, self._dtype))
+        assert self.num_prefix_layers == 0, "a batch without its prefix, and no weights to compute it"
+        embedded: torch.Tensor = self._decoder.embed_tokens(self._send(batch.inputs))
+        return embedded
+
+    def _aux_loss(self, batch: Batch) -> torch.Tensor:
+        return self._routers.aux_loss(self._send(batch.is_token), self._routed_below(batch))
+
+    def _routed_below(self, batch: Batch) -> torch.Tensor | None:
+        """float32 [2, frozen layers, experts] on the device, where the pass watched begins above these layers."""
+        if batch.prefix is None:
+            return None
+        assert batch.prefix.routed is not None, "a mixture's prefix says where its tokens went"
+        return self._to_device(torch.from_numpy(batch.prefix.routed))
+
     def _at_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [N, hidden] and token ids [N] of the batch's N target positions."""
+        if self._streamed is not None:
+            return self._gathered(batch, self._decoder.norm(self._streamed.run(self._entering(batch))))
+        if batch.prefix is None:
+            assert self._is_whole, "a batch without its prefix, and no weights to compute it"
+            states = self._decoder(input_ids=self._send(batch.inputs), use_cache=False)
+        else:
+            states = self._above(inputs_embeds=self._entering(batch), use_cache=False)
+        return self._gathered(batch, states.last_hidden_state)
+
+    def _gathered(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of final states [B, T, hidden] those at targets, and the targets."""
         places = target_places(batch)
-        states = self._decoder(input_ids=self._send(batch.inputs), use_cache=False)
-        flat = states.last_hidden_state.flatten(0, 1)
         return (
-            flat.index_select(0, self._send(places)),
+            states.flatten(0, 1).index_select(0, self._send(places)),
             self._send(batch.targets.reshape(-1)[places]),
         )
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        """int64 copy on the device; to a GPU through pinned memory, without waiting."""
-        tensor = torch.from_numpy(array.astype(np.int64))
+        """int64 copy on the device."""
+        return self._to_device(torch.from_numpy(array.astype(np.int64)))
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To a GPU through pinned memory, without waiting."""
         if self.device.type != GPU:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -204,6 +268,34 @@ class CudaLearner:
             doing=f"in an evaluation with {_extent([batch])}",
         )
 
+    # --- what never changes
+
+    def prefixes(self, rows: Sequence[TokenArray]) -> Iterator[Prefix]:
+        """What the layers below the first adapter make of each row, one row at a time.
+
+        Raises:
+            OutOfMemoryError: a row did not fit.
+        """
+        before: States | None = None
+        longest = max(map(len, rows), default=0)
+        computing = self._frozen.run([self._send(row) for row in rows])
+        while True:
+            computed = within_memory(
+                functools.partial(self._next_below, computing),
+                device=self.device,
+                doing=f"in the frozen layers with up to {longest} tokens at a time",
+            )
+            # read one row behind, so that the device computes while the host copies and writes
+            if before is not None:
+                yield to_prefix(*before)
+            if computed is None:
+                return
+            before = computed
+
+    def _next_below(self, computing: Iterator[States]) -> States | None:
+        with self.evaluating():
+            return next(computing, None)
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within it: no dropout, no gradients, the compute type. After it: training mode."""
@@ -225,7 +317,9 @@ class CudaLearner:
                 device=self.device,
                 doing=f"in an evaluation with {_extent([batch])}",
             )
-        return losses, self._routers.expert_tokens(self._send(batch.is_token)) if self._routers else None
+        if not self._routers:
+            return losses, None
+        return losses, self._routers.expert_tokens(self._send(batch.is_token), self._routed_below(batch))
 
     # --- state
 
@@ -262,7 +356,7 @@ class CudaLearner:
 
     def close(self) -> None:
         """Lets go of the model and its memory; the learner is of no use afterwards."""
-        for name in ("model", "_decoder", "_head", "_parameters", "_optimizer"):
+        for name in ("model", "_decoder", "_frozen", "_above", "_streamed", "_head", "_parameters", "_optimizer"):
             setattr(self, name, None)
         gc.collect()  # a 4-bit layer and its weight hold each other
         if self.device.type == GPU:
@@ -275,7 +369,7 @@ def weights_of(model: torch.nn.Module, adapter: Mapping[str, torch.nn.Parameter]
         yield Weight(name, _dtype(parameter), parameter.numel(), parameter.nbytes)
     trained = {id(parameter) for parameter in adapter.values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in trained:
+        if id(parameter) in trained or parameter.device.type == "meta":
             continue
         name = _unwrapped(name)
         if (state := getattr(parameter, "quant_state", None)) is None:

@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 from backends.cuda.moe import attach_sparse, is_sparse
-from backends.cuda.streaming import Source, load_packed
+from backends.cuda.streaming import Pieces, Source, load_in_pieces, load_packed
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter
-from core.architecture import read_architecture
+from core.architecture import Architecture, read_architecture
 from core.config import ModelConfig
 from core.errors import UserError
 from core.models.reference import original_of
@@ -89,6 +89,47 @@ def load_base(
     Raises:
         UserError: a family this backend doesn't know, or missing, damaged or misshapen weights.
     """
+    architecture = _readable(model)
+    if config.bits == 4 and architecture.is_moe:
+        base = load_packed(model, config, device=device, dtype=dtype, attention=ATTENTION, source=source)
+    else:
+        assert source is None, "weights from elsewhere are for a mixture in 4 bits"
+        base, info = _read(model, _load_options(config, device, dtype))
+        _check_loaded(model, info, _misshapen_quantised(base))
+    return _frozen(base, config)
+
+
+def load_upper_base(
+    model: ResolvedModel,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_below: int,
+    stream: bool,
+    source: Source | None = None,
+) -> tuple[PreTrainedModel, Pieces]:
+    """As `load_base`, without the weights of the first `num_below` layers, and what reads these one by one.
+
+    Args:
+        stream: leave the other layers' weights in host memory.
+    """
+    architecture = _readable(model)
+    base, pieces = load_in_pieces(
+        model,
+        config,
+        device=device,
+        dtype=dtype,
+        attention=ATTENTION,
+        source=source,
+        left_out=range(num_below),
+        on_host=range(num_below, architecture.num_layers) if stream else range(0),
+    )
+    return _frozen(base, config), pieces
+
+
+def _readable(model: ResolvedModel) -> Architecture:
+    """What the model is. Raises: UserError: its weights are MLX's."""
     architecture = read_architecture(Path(model.path))
     if architecture.mlx_bits is not None:
         raise UserError(
@@ -96,12 +137,10 @@ def load_base(
             hint="use --backend mlx, or give the original model: --model " + (original_of(model.name) or "ORIGINAL"),
         )
     silence_libraries()
-    if config.bits == 4 and architecture.is_moe:
-        base = load_packed(model, config, device=device, dtype=dtype, attention=ATTENTION, source=source)
-    else:
-        assert source is None, "weights from elsewhere are for a mixture in 4 bits"
-        base, info = _read(model, _load_options(config, device, dtype))
-        _check_loaded(model, info, _misshapen_quantised(base))
+    return architecture
+
+
+def _frozen(base: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
     base.requires_grad_(False)
     if config.bits == 4:
         _keep_quantised_for_training(base)
@@ -205,6 +244,8 @@ def _keep_quantised_for_training(base: PreTrainedModel) -> None:
 def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:
     """Puts LoRA matrices with the values of `adapter` into `base`; they are float32 and all that trains.
 
+    They go where the embeddings are, which may not be where a layer's own weights are.
+
     Dense modules are PEFT's. Experts and routers, which transformers 5 keeps as bare parameters, are
     `backends.cuda.moe`'s: PEFT would build every expert's whole delta at each forward pass and allows no dropout there.
 
@@ -226,10 +267,11 @@ def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.P
     base.requires_grad_(False)
     found = {**_dense_parameters(base, dense), **attach_sparse(base, adapter, sparse)}
     parameters = {name: found[name] for name in adapter.tensors}
+    device = base.get_input_embeddings().weight.device
     for name, parameter in parameters.items():
         value = torch.from_numpy(adapter.tensors[name].copy())
         assert parameter.shape == value.shape, f"{name} is {tuple(parameter.shape)}"
-        parameter.data = value.to(parameter.device)  # PEFT makes it in the base's type; it is float32
+        parameter.data = value.to(device)  # PEFT makes it in the base's type and where that is; it is float32
         parameter.requires_grad_(True)
     return parameters
 

@@ -7,6 +7,7 @@ matrices of experts, which transformers 5 keeps as slices of one tensor.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,16 @@ def state_bytes(state: Any) -> int:
     return int(state.absmax.nbytes + nested)
 
 
+def state_on(state: Any, device: torch.device) -> Any:
+    """A copy of a `QuantState` on another device; bitsandbytes' own `to` would move the original."""
+    moved = copy.copy(state)
+    if state.nested:
+        moved.state2 = copy.copy(state.state2)
+        moved.offset = state.offset.clone()
+    moved.to(device)
+    return moved
+
+
 class Nf4Matrix(torch.nn.Module):  # type: ignore[misc]
     """A frozen matrix [out, in] that multiplies without ever lying there whole for longer than the product takes.
 
@@ -61,6 +72,10 @@ class Nf4Matrix(torch.nn.Module):  # type: ignore[misc]
 
         rest = {name: tensor for name, tensor in tensors.items() if name != "packed"}
         return cls(tensors["packed"].to(device), QuantState.from_dict(rest, device=device))
+
+    def on(self, device: torch.device) -> Nf4Matrix:
+        """A copy on another device."""
+        return Nf4Matrix(self.packed.to(device, copy=True), state_on(self.state, device))
 
     def saved(self) -> dict[str, torch.Tensor]:
         """All of it, in bitsandbytes' own names, for a file."""

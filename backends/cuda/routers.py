@@ -45,28 +45,41 @@ class RouterWatch:
         if self._is_watching:
             self._seen.append(output)
 
-    def expert_tokens(self, is_token: torch.Tensor) -> torch.Tensor:
+    def expert_tokens(self, is_token: torch.Tensor, below: torch.Tensor | None = None) -> torch.Tensor:
         """int64 [layers, experts]: tokens that each expert got in the pass watched.
 
         Args:
             is_token: int64 [B, T]: 1, and 0 for padding.
+            below: of the layers that the pass left out, `core.protocols.Prefix.routed`.
         """
-        counts = [_counts(logits.shape[-1], index, is_token.flatten()) for logits, _, index in self._take()]
-        return torch.stack(counts)
+        counts = [_counts(logits.shape[-1], index, is_token.flatten()) for logits, _, index in self._take(below)]
+        above = torch.stack(counts)
+        return above if below is None else torch.cat([below[0].long(), above])
 
-    def aux_loss(self, is_token: torch.Tensor) -> torch.Tensor:
+    def aux_loss(self, is_token: torch.Tensor, below: torch.Tensor | None = None) -> torch.Tensor:
         """float32 scalar: `core.protocols.StepOutput.aux_loss` of the pass watched, with its gradient."""
         weights = is_token.flatten().float()
-        seen = self._take()
+        seen = self._take(below)
         num_experts = seen[0][0].shape[-1]
-        total = weights.sum() * len(seen)
+        total = weights.sum() * len(self._routers)
         chosen = torch.stack([_counts(num_experts, index, weights) for _, _, index in seen]).sum(0)
         probabilities = torch.stack([_summed(logits, weights) for logits, _, _ in seen]).sum(0)
+        if below is not None:
+            chosen, probabilities = chosen + below[0].sum(0), probabilities + below[1].sum(0)
         loss: torch.Tensor = num_experts * (chosen / total * (probabilities / total)).sum()
         return loss
 
-    def _take(self) -> list[Routed]:
-        assert len(self._seen) == len(self._routers), "a pass over all layers was watched"
+    def routed(self) -> torch.Tensor:
+        """float32 [2, layers, experts] of a pass without padding: `core.protocols.Prefix.routed`."""
+        found = []
+        for logits, _, index in self._take(None):
+            every = torch.ones(len(logits), device=logits.device)
+            found.append(torch.stack([_counts(logits.shape[-1], index, every), _summed(logits, every)]))
+        return torch.stack(found, dim=1)
+
+    def _take(self, below: torch.Tensor | None) -> list[Routed]:
+        num_left_out = 0 if below is None else below.shape[1]
+        assert len(self._seen) == len(self._routers) - num_left_out, "a pass over all other layers was watched"
         seen, self._seen = self._seen, []
         return seen
 

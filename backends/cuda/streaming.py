@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,30 +79,46 @@ def load_packed(
     Raises:
         UserError: experts of another form, or missing or misshapen weights.
     """
+    return load_in_pieces(model, config, device=device, dtype=dtype, attention=attention, source=source)[0]
+
+
+def load_in_pieces(
+    model: ResolvedModel,
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    source: Source | None = None,
+    left_out: range = range(0),
+    on_host: range = range(0),
+) -> tuple[PreTrainedModel, Pieces]:
+    """As `load_packed`, of any model, in 4 bits or 16, and what reads its pieces again.
+
+    Args:
+        left_out: layers that stay without weights.
+        on_host: layers whose weights stay in host memory; of a cache they are a map of its files.
+    """
     base = empty_model(model.path, config, dtype=dtype, attention=attention)
-    plan = planned_weights(base)
+    plan = planned_weights(base) if config.bits == 4 else []
     cache = (
         packed_cache.open_cache(model.path, dtype, plan, source="" if source is None else source.name)
-        if config.cache_packed
+        if config.bits == 4 and config.cache_packed
         else None
     )
-    if cache is not None and cache.is_whole():
-        log.info("4-bit weights as packed before, from %s", cache.folder)
-        for piece in pieces(base):
-            _install(base, cache.read(piece, device), dtype)
-    elif source is not None:
-        _pack_all(base, source, cache, device=device, dtype=dtype)
-    else:
-        with _Checkpoint(model) as checkpoint:
-            _pack_all(base, checkpoint, cache, device=device, dtype=dtype)
-            checkpoint.warn_of_the_rest()
+    pieces_ = Pieces(base, model, cache, source=source, bits=config.bits, device=device, dtype=dtype)
+    pieces_.load(base, left_out=set(map(_layer_piece, left_out)), on_host=set(map(_layer_piece, on_host)))
     _make_buffers(base, device)
     base.tie_weights()
-    still_empty = [name for name, tensor in _tensors(base) if tensor.device.type == "meta"]
+    layers = tuple(f"model.layers.{layer}." for layer in left_out)
+    still_empty = [
+        name for name, tensor in _tensors(base) if tensor.device.type == "meta" and not name.startswith(layers)
+    ]
     assert not still_empty, f"no values for {still_empty[:3]}"
-    flags: Any = base
-    flags.is_loaded_in_4bit = True  # PEFT asks for it before it puts its LoRA around 4-bit layers
-    return base.eval()
+    if config.bits == 4:
+        flags: Any = base
+        flags.is_loaded_in_4bit = True  # PEFT asks for it before it puts its LoRA around 4-bit layers
+    return base.eval(), pieces_
 
 
 def empty_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -115,12 +131,13 @@ def empty_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, attent
 
     trust: dict[str, Any] = {"trust_remote_code": True} if config.trust_remote_code else {}
     settings = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+    experts = {"experts_implementation": IMPLEMENTATION} if config.bits == 4 else {}
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
-            settings, dtype=dtype, attn_implementation=attention, experts_implementation=IMPLEMENTATION, **trust
+            settings, dtype=dtype, attn_implementation=attention, **experts, **trust
         )
     for name, module in base.named_modules():
-        if is_experts(module):
+        if config.bits == 4 and is_experts(module):
             refuse_other_forms(module, name)
     return base
 
@@ -130,8 +147,12 @@ def pieces(base: PreTrainedModel) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, _ in base.named_parameters():
         match = re.match(r"model\.layers\.(\d+)\.", name)
-        found.setdefault(f"layer-{int(match[1]):03d}" if match else "rest", []).append(name)
+        found.setdefault(_layer_piece(int(match[1])) if match else "rest", []).append(name)
     return found
+
+
+def _layer_piece(layer: int) -> str:
+    return f"layer-{layer:03d}"
 
 
 def packed_names(base: PreTrainedModel) -> set[str]:
@@ -164,42 +185,112 @@ def planned_weights(base: PreTrainedModel) -> list[Weight]:
 # --- reading and packing ----------------------------------------------------------------------------------------------
 
 
-def _pack_all(
-    base: PreTrainedModel,
-    source: Source,
-    cache: packed_cache.PackedCache | None,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    packed, portions = packed_names(base), pieces(base)
-    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
-    said = time.monotonic()
-    with nullcontext() if cache is None else cache.writing() as draft:
-        for number, (piece, names) in enumerate(portions.items(), start=1):
-            values: Weights = {}
-            for name in names:
-                if name == "lm_head.weight" and not source.has(name) and base.config.tie_word_embeddings:
+class Pieces:
+    """A model's weights piece by piece, in the form that the loaded model has them."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        model: ResolvedModel,
+        cache: packed_cache.PackedCache | None,
+        *,
+        source: Source | None,
+        bits: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """`base`: without weights, as `empty_model` gives it."""
+        self._model = model
+        self._cache = cache
+        self._given = source
+        self._device = device
+        self._dtype = dtype
+        self._packed = packed_names(base) if bits == 4 else set()
+        self._names = pieces(base)
+        self._shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
+        self._is_tied = bool(base.config.tie_word_embeddings)
+        self._is_cached = False
+
+    def load(self, base: PreTrainedModel, *, left_out: Collection[str] = (), on_host: Collection[str] = ()) -> None:
+        """Puts all pieces but `left_out` into `base`; packs them, and keeps what was packed, unless that was done."""
+        if self._cache is not None and self._cache.is_whole():
+            log.info("4-bit weights as packed before, from %s", self._cache.folder)
+            self._is_cached = True
+            for piece in self._names:
+                if piece not in left_out:
+                    _install(base, self.read(piece, on_host=piece in on_host), self._dtype)
+            return
+        self._pack_all(base, left_out=left_out, on_host=on_host)
+        self._is_cached = self._cache is not None and self._cache.folder.exists()
+
+    def read(self, piece: str, *, on_host: bool = False) -> Weights:
+        """A piece's values, on the device, or in host memory: there, from the cache, as a map of its file."""
+        place = torch.device("cpu") if on_host else self._device
+        if self._is_cached:
+            assert self._cache is not None
+            return self._cache.read(piece, place)
+        with self._source() as source:
+            return self._to(self._read_piece(source, piece), place)
+
+    def read_layer(self, layer: int) -> Weights:
+        """All of a layer, on the device."""
+        return self.read(_layer_piece(layer))
+
+    def install_layer(self, base: PreTrainedModel, layer: int) -> None:
+        _install(base, self.read_layer(layer), self._dtype)
+
+    @contextmanager
+    def _source(self) -> Iterator[Source]:
+        if self._given is not None:
+            yield self._given
+            return
+        with _Checkpoint(self._model) as checkpoint:
+            yield checkpoint
+
+    def _pack_all(self, base: PreTrainedModel, *, left_out: Collection[str], on_host: Collection[str]) -> None:
+        said = time.monotonic()
+        with self._source() as source, nullcontext() if self._cache is None else self._cache.writing() as draft:
+            for number, piece in enumerate(self._names, start=1):
+                if piece in left_out and draft is None:
                     continue
-                values |= _read(source, name, shapes[name], packed=name in packed, device=device, dtype=dtype)
-            if draft is not None:
-                draft.write(piece, values)
-            _install(base, values, dtype)
-            if time.monotonic() - said > _SAY_EVERY:
-                said = time.monotonic()
-                log.info("  packed %d of %d layers in 4 bits", number, len(portions) - 1)
+                values = self._read_piece(source, piece)
+                if draft is not None:
+                    draft.write(piece, values)
+                if piece not in left_out:
+                    place = torch.device("cpu") if piece in on_host else self._device
+                    _install(base, self._to(values, place), self._dtype)
+                if self._packed and time.monotonic() - said > _SAY_EVERY:
+                    said = time.monotonic()
+                    log.info("  packed %d of %d layers in 4 bits", number, len(self._names) - 1)
+            if isinstance(source, _Checkpoint) and not left_out:
+                source.warn_of_the_rest()
 
+    def _read_piece(self, source: Source, piece: str) -> Weights:
+        values: Weights = {}
+        for name in self._names[piece]:
+            if name == "lm_head.weight" and not source.has(name) and self._is_tied:
+                continue
+            values |= self._read_one(source, name)
+        return values
 
-def _read(
-    source: Source, name: str, shape: tuple[int, ...], *, packed: bool, device: torch.device, dtype: torch.dtype
-) -> Weights:
-    """A parameter in its final form on the device; of experts one matrix for each."""
-    if len(shape) < 3:
-        (value,) = source.read(name, shape)
-        on_device = value.to(device, dtype)
-        return {name: Nf4Matrix.of(on_device) if packed else on_device}
-    matrices = source.read(name, shape)
-    return {f"{name}.{expert}": Nf4Matrix.of(matrix.to(device, dtype)) for expert, matrix in enumerate(matrices)}
+    def _read_one(self, source: Source, name: str) -> Weights:
+        """A parameter in its final form on the device; of packed experts one matrix for each."""
+        shape, packed = self._shapes[name], name in self._packed
+        if len(shape) < 3:
+            (value,) = source.read(name, shape)
+            on_device = value.to(self._device, self._dtype)
+            return {name: Nf4Matrix.of(on_device) if packed else on_device}
+        matrices = (matrix.to(self._device, self._dtype) for matrix in source.read(name, shape))
+        if not packed:
+            return {name: torch.stack(list(matrices))}
+        return {f"{name}.{expert}": Nf4Matrix.of(matrix) for expert, matrix in enumerate(matrices)}
+
+    def _to(self, values: Weights, place: torch.device) -> Weights:
+        if place == self._device:
+            return values
+        return {
+            name: value.on(place) if isinstance(value, Nf4Matrix) else value.to(place) for name, value in values.items()
+        }
 
 
 class _Checkpoint:

@@ -80,6 +80,7 @@ def _open(
     with _quiet_libraries():
         from backends.mlx.learner import MlxLearner
         from backends.mlx.model import Network, load_base
+        from core.config import residence
 
         dtype, dtype_name = _compute_type(config.model.dtype, device)
         base = load_base(
@@ -87,6 +88,8 @@ def _open(
             bits=config.model.bits,
             dtype=dtype,
             trust_remote_code=config.model.trust_remote_code,
+            num_absent=initial.layers[0] if config.model.low_memory or config.model.stream_layers else 0,
+            stream=config.model.stream_layers,
         )
     checkpoint = config.train.gradient_checkpointing
     if checkpoint == "auto":
@@ -96,11 +99,12 @@ def _open(
         network,
         {name: mx.array(tensor) for name, tensor in initial.tensors.items()},
         config,
-        description=f"{base.weights}, {dtype_name} compute, {_device_name(device)}",
+        description=", ".join([base.weights, f"{dtype_name} compute", *residence(config), _device_name(device)]),
         num_base_parameters=base.num_parameters,
         accelerator=device == "gpu",
         # On a CPU, MLX compiles with g++ at run time: half a minute for the first step, and no step is faster.
-        compiled=device == "gpu",
+        # Compiled, weights would be held as constants.
+        compiled=device == "gpu" and not config.model.stream_layers,
         on_close=on_close,
     )
 

@@ -7,7 +7,7 @@ captured, so a restored state is simply used by the next call, and a trace leave
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -27,10 +27,12 @@ from core.protocols import (
     FILLER_ROW,
     Batch,
     MemoryStats,
+    Prefix,
     Replay,
     RowLosses,
     StepOutput,
     Tensors,
+    TokenArray,
     TrainState,
     Weight,
 )
@@ -40,6 +42,10 @@ Parameters = dict[str, mx.array]
 Sums = tuple[mx.array, ...]
 """Scalars of a step, summed over its micro-batches: the cross-entropy and, with an adapter on a router, the
 load-balancing loss times the share of the step's tokens."""
+AuxArrays = tuple[mx.array, mx.array | None, mx.array, mx.array]
+"""What the load-balancing loss needs of a micro-batch: tokens float32 [B, T], 0 for padding; `Prefix.routed`, if the
+batch has one; the share of the step's tokens that are in it; and the factor in the objective, which is summed over the
+step's targets."""
 
 
 class MlxLearner:
@@ -63,6 +69,7 @@ class MlxLearner:
         self.description = description
         self.num_trainable = sum(array.size for array in parameters.values())
         self.num_parameters = num_base_parameters + self.num_trainable
+        self.num_prefix_layers = network.num_prefix_layers
         self.parameters = parameters
         self._seed = config.train.seed
         self._max_grad_norm = config.optim.max_grad_norm
@@ -98,18 +105,17 @@ class MlxLearner:
                 key = mx.random.key(step_seed(self._seed, step, index))
                 arrays = _device_arrays(batch, selection)
                 aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
-                sums, total = self._gradients(self.parameters, sums, total, key, aux, *arrays)
+                gradients = self._streamed_gradients if self.network.streams else self._gradients
+                sums, total = gradients(self.parameters, sums, total, key, aux, *arrays)
                 mx.async_eval(sums, total)
             assert sums is not None and total is not None
             return self._apply(sums, total, num_targets=num_targets, lr=lr)
 
-    def _aux_arrays(self, batch: Batch, share: float, num_targets: int) -> tuple[mx.array, mx.array, mx.array] | None:
-        """What the load-balancing loss needs of a micro-batch: tokens float32 [B, T], 0 for padding; the share of the
-        step's tokens that are in it; and the factor in the objective, which is summed over the step's targets."""
+    def _aux_arrays(self, batch: Batch, share: float, num_targets: int) -> AuxArrays | None:
         if not self._has_aux_loss:
             return None
         factor = self._aux_weight * share * num_targets
-        return mx.array(batch.is_token.astype(np.float32)), mx.array(share), mx.array(factor)
+        return mx.array(batch.is_token.astype(np.float32)), _routed_below(batch), mx.array(share), mx.array(factor)
 
     def _apply(self, sums: Sums, total: Parameters, *, num_targets: int, lr: float) -> StepOutput:
         steps = self._optimizer_steps + 1
@@ -128,7 +134,7 @@ class MlxLearner:
         sums_so_far: Sums | None,
         total_so_far: Parameters | None,
         key: mx.array,
-        aux: tuple[mx.array, mx.array, mx.array] | None,
+        aux: AuxArrays | None,
         tokens: mx.array,
         position: mx.array,
         target: mx.array,
@@ -150,17 +156,38 @@ class MlxLearner:
             )
             if aux is None:
                 return carrier, (loss,)
-            real, share, factor = aux
-            aux_loss = balancing_loss(routed, real.sum())
+            real, below, share, factor = aux
+            aux_loss = balancing_loss(routed, real.sum(), below=below)
             if self._aux_weight:
                 carrier = carrier + factor * aux_loss
             return carrier, (loss, share * mx.stop_gradient(aux_loss))
 
         (_, sums), gradients = mx.value_and_grad(objective)(parameters)
-        if sums_so_far is None or total_so_far is None:
-            return sums, gradients
-        sums = tuple(before + own for before, own in zip(sums_so_far, sums, strict=True))
-        return sums, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
+        return _added(sums_so_far, sums), _added_by_name(total_so_far, gradients)
+
+    def _streamed_gradients(
+        self,
+        parameters: Parameters,
+        sums_so_far: Sums | None,
+        total_so_far: Parameters | None,
+        key: mx.array,
+        aux: AuxArrays | None,
+        tokens: mx.array,
+        position: mx.array,
+        target: mx.array,
+        weight: mx.array,
+    ) -> tuple[Sums, Parameters]:
+        """As `_gradients_of_microbatch`, where no layer's weights are kept."""
+        assert aux is None, "the backend's check refuses a load-balancing loss"
+
+        def loss(hidden: mx.array) -> tuple[mx.array, mx.array]:
+            return summed_loss(
+                self.network.project, hidden, position, target, weight, label_smoothing=self._label_smoothing
+            )
+
+        keys = self.network.dropout_keys(key)
+        nll, gradients = self.network.streamed_gradients(parameters, tokens, loss, keys=keys)
+        return _added(sums_so_far, (nll,)), _added_by_name(total_so_far, gradients)
 
     def _updated(
         self,
@@ -196,7 +223,8 @@ class MlxLearner:
             with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
                 tokens, position, target, _ = _device_arrays(batch, selection)
                 is_token = mx.array(batch.is_token.astype(np.int32)) if self.network.is_mixture else None
-                losses, counts = self._losses(self.parameters, counts, tokens, position, target, is_token)
+                below = _routed_below(batch) if self.network.is_mixture else None
+                losses, counts = self._losses(self.parameters, counts, tokens, position, target, is_token, below)
                 mx.async_eval(losses, counts)
                 # Read one batch behind, so that the device computes while the host sums.
                 if waiting is not None:
@@ -231,6 +259,7 @@ class MlxLearner:
         position: mx.array,
         target: mx.array,
         is_token: mx.array | None,
+        below: mx.array | None,
     ) -> tuple[mx.array, mx.array | None]:
         """The loss of each target, and of a mixture the tokens of each expert, int32 [layers, experts], so far."""
         hidden, routed = self.network.routed_states(parameters, tokens, is_token=is_token)
@@ -238,7 +267,28 @@ class MlxLearner:
         if not routed:
             return losses, None
         counts = mx.stack([counts for counts, _ in routed])
+        if below is not None:
+            counts = mx.concatenate([below[0].astype(counts.dtype), counts])
         return losses, counts if counts_so_far is None else counts_so_far + counts
+
+    # -- what never changes
+
+    def prefixes(self, rows: Sequence[TokenArray]) -> Iterator[Prefix]:
+        """What the layers below the first adapter make of each row, one row at a time."""
+        waiting: tuple[mx.array, mx.array | None] | None = None
+        computing = self.network.prefixes([mx.array(row.astype(np.int32)) for row in rows])
+        while True:
+            with translate_out_of_memory("the frozen layers"):
+                computed = next(computing, None)
+                if computed is not None:
+                    mx.async_eval(computed)
+                # Read one row behind, so that the device computes while the host copies and writes.
+                before = None if waiting is None else _to_prefix(*waiting)
+            if before is not None:
+                yield before
+            if computed is None:
+                return
+            waiting = computed
 
     # -- state
 
@@ -306,13 +356,40 @@ class _Scalar:
             return float(self._array)
 
 
+def _added(before: Sums | None, own: Sums) -> Sums:
+    return own if before is None else tuple(one + two for one, two in zip(before, own, strict=True))
+
+
+def _added_by_name(before: Parameters | None, own: Parameters) -> Parameters:
+    return own if before is None else {name: before[name] + array for name, array in own.items()}
+
+
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def _to_prefix(states: mx.array, routed: mx.array | None) -> Prefix:
+    """Waits for the device."""
+    bits = states.view(mx.uint16) if states.dtype == mx.bfloat16 else states
+    return Prefix(np.array(bits), None if routed is None else np.array(routed, np.float32))
+
+
+def _states_of(prefix: Prefix) -> mx.array:
+    states = mx.array(np.ascontiguousarray(prefix.states))
+    return states.view(mx.bfloat16) if states.dtype == mx.uint16 else states
+
+
+def _routed_below(batch: Batch) -> mx.array | None:
+    """float32 [2, frozen layers, experts], where the pass begins above these layers."""
+    if batch.prefix is None:
+        return None
+    assert batch.prefix.routed is not None, "a mixture's prefix says where its tokens went"
+    return mx.array(batch.prefix.routed)
+
+
 def _device_arrays(batch: Batch, selection: Selection) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     return (
-        mx.array(batch.inputs),
+        mx.array(batch.inputs) if batch.prefix is None else _states_of(batch.prefix),
         mx.array(selection.position),
         mx.array(selection.target),
         mx.array(selection.weight),

@@ -7,16 +7,18 @@ masks in the recomputation, and logits are wanted at few positions only.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from backends.mlx.memory import is_out_of_memory, translate_out_of_memory
 from backends.mlx.routers import Routed, run_watched
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("twinkeel")
 
 GROUP_SIZE = 64
+CHUNK_BYTES = 1 << 29
+"""States that wait between one frozen layer and the next, when these are read one by one."""
 _ROPE_TYPES = (None, "default", "linear", "llama3", "yarn")
 _YARN_KEYS = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
 """What mlx-lm's YaRN reads the way that transformers does."""
@@ -54,14 +58,30 @@ class Base:
     """Of the model's generation settings."""
     weights: str
     """For people: `16-bit weights`, `4-bit weights (affine, group 64)`."""
+    read_again: Callable[[], nn.Module] | None = None
+    """The whole model again, nothing of it read yet; set if some layers have no weights here."""
+    streams: bool = False
+    """Whether the layers with adapters are among these."""
 
 
-def load_base(model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_code: bool = False) -> Base:
+def load_base(
+    model: ResolvedModel,
+    *,
+    bits: int,
+    dtype: mx.Dtype,
+    trust_remote_code: bool = False,
+    num_absent: int = 0,
+    stream: bool = False,
+) -> Base:
     """Loads a folder in Hugging Face or MLX layout, in `dtype`, and quantises it when `bits` is 4.
 
     Quantised as `mlx_lm.convert -q` does it: every linear layer, expert, router and embedding (tied ones, too) whose
     input width is a multiple of 64. Scales have the compute type, which on a CPU makes it usable. A folder that is
     MLX-quantised already is taken as it is.
+
+    Args:
+        num_absent: of so many layers from the lowest no weights are read.
+        stream: read no weights of the other layers either, which are described and there to be filled.
 
     Raises:
         UserError: weights that are missing, damaged or of another shape, or a feature that mlx-lm would misread.
@@ -74,29 +94,43 @@ def load_base(model: ResolvedModel, *, bits: int, dtype: mx.Dtype, trust_remote_
     raw: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     _check_quantization(model.name, raw, bits)
     settings = _mlx_settings(model.name, raw, architecture)
-    with translate_out_of_memory(f"loading {model.name}"):
-        module, read = _read_weights(model, folder, settings, trust_remote_code)
+
+    def read() -> tuple[nn.Module, dict[str, Any], int]:
+        """The model as it is to be, but lazily; what mlx-lm reads of its settings; its parameters."""
+        module, found = _read_weights(model, folder, settings, trust_remote_code)
         if architecture.model_type == "mixtral" and settings["rope_scaling"]:
             _scale_rope(module, architecture, settings)
         num_parameters = int(get_total_parameters(module))
         module.set_dtype(dtype)
-        weights = f"{architecture.mlx_bits}-bit weights (as in the folder)"
-        if architecture.mlx_bits is None:
-            weights = "32-bit weights" if dtype == mx.float32 else "16-bit weights"
-            if bits == 4:
-                _quantize(module)
-                weights = f"4-bit weights (affine, group {GROUP_SIZE})"
-        _materialise(module, model.name)
-    module.freeze()
-    module.eval()
+        if bits == 4 and architecture.mlx_bits is None:
+            _quantize(module)
+        module.freeze()
+        module.eval()
+        return module, found, num_parameters
+
+    with translate_out_of_memory(f"loading {model.name}"):
+        module, found, num_parameters = read()
+        for number in range(num_absent):
+            module.layers[number] = nn.Module()
+        _materialise(module, model.name, layers=not stream)
     return Base(
         module=module,
         window=_window(raw),
         tied=architecture.tied_embeddings,
         num_parameters=num_parameters,
-        end_tokens=_end_tokens(read.get("eos_token_id")),
-        weights=weights,
+        end_tokens=_end_tokens(found.get("eos_token_id")),
+        weights=_describe_weights(architecture, bits, dtype),
+        read_again=(lambda: read()[0]) if num_absent or stream else None,
+        streams=stream,
     )
+
+
+def _describe_weights(architecture: Architecture, bits: int, dtype: mx.Dtype) -> str:
+    if architecture.mlx_bits is not None:
+        return f"{architecture.mlx_bits}-bit weights (as in the folder)"
+    if bits == 4:
+        return f"4-bit weights (affine, group {GROUP_SIZE})"
+    return "32-bit weights" if dtype == mx.float32 else "16-bit weights"
 
 
 def _check_quantization(name: str, raw: dict[str, Any], bits: int) -> None:
@@ -243,16 +277,24 @@ def _quantize(module: nn.Module) -> None:
         )
 
 
-def _materialise(module: nn.Module, name: str) -> None:
-    """Reads, casts and quantises layer by layer, so that the 16-bit model never exists whole in memory."""
+def _materialise(module: nn.Module, name: str, *, layers: bool = True) -> None:
+    """Reads, casts and quantises layer by layer, so that the 16-bit model never exists whole in memory.
+
+    Args:
+        layers: False: only what is outside the layers.
+    """
     try:
-        for layer in module.layers:
+        for layer in module.layers if layers else ():
             mx.eval(layer.parameters())
-        mx.eval(module.parameters())
+        mx.eval(module.parameters() if layers else _outside_layers(module))
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         raise _damaged(name, error) from error
+
+
+def _outside_layers(module: nn.Module) -> list[mx.array]:
+    return [array for name, array in tree_flatten(module.parameters()) if not name.startswith("model.layers.")]
 
 
 class KeyedDropout(nn.Module):  # type: ignore[misc]
@@ -361,6 +403,7 @@ class Network:
         self._by_layer: list[list[_Slot]] = [[] for _ in base.module.layers]
         for slot in self._slots:
             self._by_layer[slot.layer].append(slot)
+        self.num_prefix_layers = min(slot.layer for slot in self._slots)
         self.end_tokens = base.end_tokens
         self._dropout = adapter.dropout > 0.0
         self._checkpoint = checkpoint
@@ -387,7 +430,7 @@ class Network:
 
     @property
     def is_mixture(self) -> bool:
-        return hasattr(self._base.module.layers[0], "block_sparse_moe")
+        return hasattr(self._base.module.layers[-1], "block_sparse_moe")
 
     def hidden_states(
         self,
@@ -414,28 +457,191 @@ class Network:
         """Hidden states [B, T, D] after the final norm, and what each layer's router did, when `is_token` is given.
 
         Args:
-            tokens: int32 [B, T]; padding on the right needs no mask, since attention is causal.
+            tokens: int32 [B, T]; padding on the right needs no mask, since attention is causal. Or the states
+                [B, T, D] that enter the first layer with an adapter: then only the layers from there on are run.
             is_token: [B, T] of a number type, 0 for padding: the routers of a mixture are to be watched.
             keys: from `dropout_keys`; None for no dropout.
             cache: one key-value cache per layer, when generating.
             training: recompute the layers in the backward pass if the network was made so.
         """
+        model = self._base.module.model
+        if tokens.ndim == 3:
+            hidden, numbers = tokens, range(self.num_prefix_layers, len(model.layers))
+        else:
+            hidden, numbers = self._embedded(tokens), range(len(model.layers))
+        if self._base.streams:
+            hidden, routed = self._run_streamed(numbers, hidden, parameters, is_token=is_token)
+        else:
+            hidden, routed = self._run(
+                numbers, hidden, parameters, is_token=is_token, keys=keys, cache=cache, training=training
+            )
+        return model.norm(hidden), routed
+
+    def _embedded(self, tokens: mx.array) -> mx.array:
+        is_trained_throughout = self._base.streams and self.num_prefix_layers == 0
+        assert self._is_whole or is_trained_throughout, "a batch without its prefix, and no weights to compute it"
+        return self._base.module.model.embed_tokens(tokens)
+
+    def prefixes(self, rows: Sequence[mx.array]) -> Iterator[tuple[mx.array, mx.array | None]]:
+        """Of each row, int32 [T], the states [T, D] that enter the first layer with an adapter, and of a mixture
+        float32 [2, layers, experts], `core.protocols.Prefix.routed`; one row at a time, without padding.
+
+        Where the layers' weights are absent they are read one layer at a time, and many rows go through a layer before
+        the next one is read: as many as `CHUNK_BYTES` hold.
+        """
+        frozen = range(self.num_prefix_layers)
+        for chunk in [rows[index : index + 1] for index in range(len(rows))] if self._is_whole else self._chunks(rows):
+            states = [self._base.module.model.embed_tokens(row[None]) for row in chunk]
+            routed: list[list[mx.array]] = [[] for _ in chunk]
+            layers = self._base.module.layers if self._base.read_again is None else self._base.read_again().layers
+            for number in frozen:
+                for index, entering in enumerate(states):
+                    is_token = mx.ones(entering.shape[:2], mx.float32) if self.is_mixture else None
+                    states[index], found = self._run([number], entering, {}, layers=layers, is_token=is_token)
+                    routed[index] += [mx.stack([counts, probabilities]) for counts, probabilities in found]
+                    if not self._is_whole:
+                        mx.async_eval(states[index], routed[index])
+                if not self._is_whole:
+                    mx.eval(states, routed)
+                    layers[number] = None  # its weights go
+            for leaving, seen in zip(states, routed, strict=True):
+                yield leaving[0], mx.stack(seen, axis=1) if seen else None
+
+    @property
+    def _is_whole(self) -> bool:
+        return self._base.read_again is None
+
+    # -- layers that are read when it is their turn
+
+    @property
+    def streams(self) -> bool:
+        """Whether no layer's weights are kept: then `streamed_gradients` is how to train."""
+        return self._base.streams
+
+    def streamed_gradients(
+        self,
+        parameters: Arrays,
+        tokens: mx.array,
+        loss: Callable[[mx.array], tuple[mx.array, mx.array]],
+        *,
+        keys: mx.array | None,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """What `loss` says, and the gradient of its objective with respect to `parameters`; a layer at a time.
+
+        Forward, only each layer's input is kept; backward, from the last layer down, its weights are read again and its
+        gradient is taken at once. So one layer's weights and activations are in memory at a time. Waits for the device.
+
+        Args:
+            tokens, keys: as of `routed_states`.
+            loss: of hidden states [B, T, D] after the final norm the objective and what to report.
+        """
+        assert self._base.read_again is not None
+        hidden = tokens if tokens.ndim == 3 else self._embedded(tokens)
+        numbers = range(self.num_prefix_layers if tokens.ndim == 3 else 0, len(self._base.module.layers))
+        layers = self._base.read_again().layers
+        entering: list[mx.array] = []
+        for number in numbers:
+            entering.append(hidden)
+            with self._filled(number, layers):
+                hidden, _ = self._run([number], hidden, parameters, keys=keys)
+                mx.eval(hidden)
+        norm = self._base.module.model.norm
+        (_, reported), slope = mx.value_and_grad(lambda states: loss(norm(states)))(hidden)
+        mx.eval(reported, slope)
+        gradients: dict[str, mx.array] = {}
+        layers = self._base.read_again().layers
+        for number in reversed(numbers):
+            names = [name for slot in self._by_layer[number] for name in slot.names]
+
+            def layer(*arrays: mx.array, number: int = number, names: list[str] = names) -> list[mx.array]:
+                *own, states = arrays
+                return [self._run([number], states, dict(zip(names, own, strict=True)), keys=keys)[0]]
+
+            with self._filled(number, layers):
+                _, slopes = mx.vjp(layer, [*(parameters[name] for name in names), entering.pop()], [slope])
+                mx.eval(slopes)
+            *own, slope = slopes
+            gradients |= dict(zip(names, own, strict=True))
+        return reported, {name: gradients[name] for name in parameters}
+
+    def _run_streamed(
+        self, numbers: Iterable[int], hidden: mx.array, parameters: Arrays, *, is_token: mx.array | None
+    ) -> tuple[mx.array, list[Routed]]:
+        assert self._base.read_again is not None
+        layers = self._base.read_again().layers
+        routed: list[Routed] = []
+        for number in numbers:
+            with self._filled(number, layers):
+                hidden, found = self._run([number], hidden, parameters, is_token=is_token)
+                mx.eval(hidden, found)
+            routed += found
+        return hidden, routed
+
+    @contextlib.contextmanager
+    def _filled(self, number: int, layers: list[Any]) -> Iterator[None]:
+        """Within it our layer has the weights of the one in `layers`, which is used up."""
+        places = []
+        for path, module in layers[number].named_modules():
+            mine = self._base.module.layers[number]
+            for part in path.split(".") if path else ():
+                mine = mine[int(part)] if isinstance(mine, list) else mine[part]
+                mine = mine.linear if hasattr(mine, "lora_a") else mine
+            for name, array in module.items():
+                if isinstance(array, mx.array):
+                    places.append((mine, name, mine[name]))
+                    mine[name] = array
+        layers[number] = None
+        try:
+            yield
+        finally:
+            for mine, name, unread in places:
+                mine[name] = unread
+
+    def _chunks(self, rows: Sequence[mx.array]) -> Iterator[Sequence[mx.array]]:
+        width = self._base.module.model.norm.weight.nbytes
+        num_bytes, start = 0, 0
+        for index, row in enumerate(rows):
+            size = len(row) * width
+            if index > start and num_bytes + size > CHUNK_BYTES:
+                yield rows[start:index]
+                num_bytes, start = 0, index
+            num_bytes += size
+        if start < len(rows):
+            yield rows[start:]
+
+    def _run(
+        self,
+        numbers: Iterable[int],
+        hidden: mx.array,
+        parameters: Arrays,
+        *,
+        layers: Sequence[Any] | None = None,
+        is_token: mx.array | None = None,
+        keys: mx.array | None = None,
+        cache: Sequence[Any] | None = None,
+        training: bool = False,
+    ) -> tuple[mx.array, list[Routed]]:
+        """The states after the layers of these numbers; for the arguments see `routed_states`.
+
+        Args:
+            layers: all layers; None: the model's own.
+        """
         from mlx_lm.models.base import create_attention_mask
 
         model = self._base.module.model
-        hidden = model.embed_tokens(tokens)
-        caches = cache or [None] * len(model.layers)
-        mask = create_attention_mask(hidden, caches[0], window_size=self._base.window)
+        mask = create_attention_mask(hidden, cache[0] if cache else None, window_size=self._base.window)
         routed: list[Routed] = []
-        for layer, slots, layer_cache in zip(model.layers, self._by_layer, caches, strict=True):
+        for number in numbers:
+            slots = self._by_layer[number]
             own = {name: parameters[name] for slot in slots for name in slot.names}
+            layer, layer_cache = (layers or model.layers)[number], cache[number] if cache else None
             run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys, is_token)
             # Below the first adapter nothing is kept for the backward pass anyway.
             recompute = training and self._checkpoint and slots
             hidden, *found = (mx.checkpoint(run) if recompute else run)(own, hidden)
             if is_token is not None:
                 routed.append((found[0], found[1]))
-        return model.norm(hidden), routed
+        return hidden, routed
 
     def project(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], in the compute type."""

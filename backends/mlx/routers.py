@@ -39,14 +39,19 @@ def watched_router(logits: mx.array, is_token: mx.array, *, k: int) -> Routed:
     return (times * real).sum(axis=(0, 1)), (probabilities * real).sum(axis=(0, 1))
 
 
-def balancing_loss(routed: Sequence[Routed], num_tokens: mx.array) -> mx.array:
+def balancing_loss(routed: Sequence[Routed], num_tokens: mx.array, *, below: mx.array | None = None) -> mx.array:
     """`core.protocols.StepOutput.aux_loss` of a micro-batch, a float32 scalar with its gradient.
 
     Args:
-        routed: of each layer.
+        routed: of each layer that was run.
         num_tokens: float32 scalar: tokens of the micro-batch, padding left out.
+        below: of the layers under these, `core.protocols.Prefix.routed`.
     """
     chosen = mx.stop_gradient(mx.stack([counts for counts, _ in routed]).sum(axis=0))
     probabilities = mx.stack([sums for _, sums in routed]).sum(axis=0)
-    total = num_tokens * len(routed)
+    num_layers = len(routed)
+    if below is not None:
+        chosen, probabilities = chosen + below[0].sum(axis=0), probabilities + below[1].sum(axis=0)
+        num_layers += below.shape[1]
+    total = num_tokens * num_layers
     return len(chosen) * (chosen / total * (probabilities / total)).sum()

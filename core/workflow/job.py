@@ -20,8 +20,10 @@ from core.errors import UserError
 from core.init_adapter import other_base, read_init_adapter, read_kept
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
+from core.models.wheel import cache_folder
 from core.protocols import Backend, DeviceReport, Learner
-from data.dataset import load_data
+from data.dataset import Prepared, load_data
+from data.token_cache import cached_rows, rows_key
 from data.tokenize import load_tokenizer
 from data.training import RunData
 
@@ -50,7 +52,10 @@ class Job:
             del bound[free]
         del bound["model"]["path"], bound["data"]["path"], bound["lora"]["init_adapter"]
         bound["model"]["revision"] = None  # like the path: where the model is
-        del bound["model"]["cache_packed"]
+        for free in ("cache_packed", "low_memory", "stream_layers"):
+            del bound["model"][free]
+        for free in ("prefix_store", "prefix_store_gb"):
+            del bound["train"][free]
         identity = {
             "model": model_fingerprint(self.model.path),
             "data": self.data.fingerprint,
@@ -81,6 +86,7 @@ def prepare(
     config = _with_model(config, model, choose_bits=choose_bits)
     architecture = read_architecture(model.path)
     config, adapter = _first_adapter(config, model, architecture, sources=sources or {}, folder=init_adapter)
+    _refuse_memory_settings(config, adapter)
     for warning in [*_warnings(config, architecture, adapter), *backend.check(config)]:
         _log.warning(warning)
     data = load_rows(config, model, architecture)
@@ -160,6 +166,28 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
     return config.model_copy(update=values)
 
 
+def _refuse_memory_settings(config: RunConfig, adapter: Adapter) -> None:
+    """Raises: UserError: layers are to be left out of memory that every step needs."""
+    num_frozen, without_store = adapter.layers[0], config.train.prefix_store is False
+    for name, is_set in (("low_memory", config.model.low_memory), ("stream_layers", config.model.stream_layers)):
+        if is_set and num_frozen and without_store:
+            raise UserError(
+                f"model.{name} needs the prefix store, and train.prefix_store is false",
+                hint="leave train.prefix_store at auto",
+            )
+    if config.model.low_memory and num_frozen == 0:
+        raise UserError(
+            "model.low_memory: the first layer has an adapter, so every step needs every layer",
+            hint="freeze the first half (--set lora.frozen_fraction=0.5), or stream them all "
+            "(--set model.stream_layers=true)",
+        )
+    if config.model.stream_layers and trains_router(adapter.modules):
+        raise UserError(
+            "model.stream_layers: an adapter on the router needs all layers at once, for its load-balancing loss",
+            hint="leave moe.train_router at false, and `gate` out of lora.targets",
+        )
+
+
 def _warnings(config: RunConfig, architecture: Architecture, adapter: Adapter) -> Iterator[str]:
     """Settings that have no effect on any backend, in this combination."""
     if config.log.trackers:
@@ -173,6 +201,8 @@ def _warnings(config: RunConfig, architecture: Architecture, adapter: Adapter) -
             f"data.max_tokens {config.data.max_tokens} is more than the "
             f"{architecture.max_positions} positions this model was made for"
         )
+    if config.train.prefix_store is True and adapter.layers[0] == 0:
+        yield "train.prefix_store true has no effect: the first layer has an adapter"
     schedule = config.schedule
     if schedule.name == "constant" and schedule.min_lr:
         yield "schedule.min_lr has no effect with schedule.name constant"
@@ -195,13 +225,19 @@ def _router_warnings(config: RunConfig, architecture: Architecture, adapter: Ada
 def load_rows(
     config: RunConfig, model: ResolvedModel, architecture: Architecture, *, say_findings: bool = True
 ) -> RunData:
-    """The rows that the settings name, tokenised for the model."""
-    tokenizer = load_tokenizer(model.path, trust_remote_code=config.model.trust_remote_code)
+    """The rows that the settings name, tokenised for the model, or found as they were tokenised before."""
     source = config.data.model_copy(update={"path": _find_data(config.data.path)})
-    prepared = load_data(source, tokenizer, seed=config.train.seed)
-    for finding in prepared.findings if say_findings else ():
-        _log.warning(finding)
+    seed, runs_code = config.train.seed, config.model.trust_remote_code
+
+    def tokenise() -> Prepared:
+        return load_data(source, load_tokenizer(model.path, trust_remote_code=runs_code), seed=seed)
+
+    # what a tokenizer's own code makes of a text can't be told from its files
+    key = None if runs_code else rows_key(source, seed=seed, tokenizer=model.path)
+    prepared = cached_rows(cache_folder() / "tokens", key, tokenise)
     data = RunData(prepared, config)
+    for finding in [*prepared.findings, *data.warnings()] if say_findings else ():
+        _log.warning(finding)
     data.check_vocabulary(architecture.vocab_size)
     return data
 

@@ -23,6 +23,7 @@ from core.screen import logging_to
 from core.session import Session
 from core.settings import Settings, load_config, resolve
 from core.workflow.job import changed, opened, prepare
+from core.workflow.prefix import with_prefixes
 
 _log = logging.getLogger("twinkeel")
 
@@ -40,9 +41,10 @@ def train(settings: Settings, *, console: Console) -> int:
         new_run_folder(config.output, data_name=data_name)  # before anything is loaded: is --output free?
         job = prepare(config, choose_bits="model.bits" not in settings.sources, sources=settings.sources)
         with opened(job) as learner:
+            prepared = with_prefixes(job, learner, console=console)
             folder, lock = claim_run_folder(config.output, data_name=data_name)
             with lock:
-                return Session(job, learner, folder, console=console).begin()
+                return Session(job, prepared.learner, folder, console=console, prefix=prepared.report).begin()
 
 
 def resume(folder: Path, *, flags: Mapping[str, tuple[str, Any]] | None = None, console: Console) -> int:
@@ -65,7 +67,8 @@ def resume(folder: Path, *, flags: Mapping[str, tuple[str, Any]] | None = None, 
         with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
             job = prepare(_config_here(folder, flags or {}), choose_bits=False, init_adapter=folder / COPY)
             with opened(job) as learner:
-                return Session(job, learner, folder, console=console).resume()
+                prepared = with_prefixes(job, learner, console=console)
+                return Session(job, prepared.learner, folder, console=console, prefix=prepared.report).resume()
 
 
 def _config_here(folder: Path, flags: Mapping[str, tuple[str, Any]]) -> RunConfig:

@@ -1,0 +1,121 @@
+"""The decoder cut at the first layer with an adapter: what is below gives a row the same states for ever."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from backends.cuda.routers import RouterWatch
+from core.protocols import Prefix, TokenArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from backends.cuda.streaming import Pieces
+
+CHUNK_BYTES = 1 << 29
+"""States that wait on the device between one frozen layer and the next, when these are read one by one."""
+States = tuple[torch.Tensor, torch.Tensor | None]
+"""Of a row: what enters the first layer with an adapter, [T, hidden]; of a mixture, `core.protocols.Prefix.routed`."""
+
+
+class FrozenLayers:
+    """The layers below the first adapter, in memory with all others."""
+
+    def __init__(self, decoder: Any, num_layers: int) -> None:
+        self._part = part_of(decoder, decoder.layers[:num_layers])
+        self._routers = RouterWatch(self._part)
+
+    def run(self, rows: Sequence[torch.Tensor]) -> Iterator[States]:
+        """Of each row, token ids int64 [T] on the device, its states. In the caller's mode and compute type."""
+        for row in rows:
+            with self._routers.watching():
+                states = self._part(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            yield states, self._routers.routed() if self._routers else None
+
+
+class AbsentLayers:
+    """The same, but for a layer's weights, which are read when its turn comes and gone after it.
+
+    Many rows go through a layer before the next one is read: as many as `CHUNK_BYTES` hold.
+    """
+
+    def __init__(self, base: PreTrainedModel, pieces: Pieces, num_layers: int) -> None:
+        """`base`: its first `num_layers` have no weights, and no hooks yet."""
+        whole: Any = base
+        self._base, self._decoder, self._pieces = base, whole.model, pieces
+        self._empty = [copy.deepcopy(layer) for layer in whole.model.layers[:num_layers]]
+
+    def run(self, rows: Sequence[torch.Tensor]) -> Iterator[States]:
+        """As `FrozenLayers.run`, and to the same bits."""
+        for chunk in self._chunks(rows):
+            states = [self._decoder.embed_tokens(row[None]) for row in chunk]
+            routed: list[list[torch.Tensor]] = [[] for _ in chunk]
+            for number in range(len(self._empty)):
+                with self._loaded(number) as part:
+                    routers = RouterWatch(part)
+                    for index, entering in enumerate(states):
+                        with routers.watching():
+                            states[index] = part(inputs_embeds=entering, use_cache=False).last_hidden_state
+                        if routers:
+                            routed[index].append(routers.routed())
+            for leaving, found in zip(states, routed, strict=True):
+                yield leaving[0], torch.cat(found, dim=1) if found else None
+
+    @contextmanager
+    def _loaded(self, number: int) -> Iterator[Any]:
+        """The decoder with one layer only, its weights read."""
+        layers = self._decoder.layers
+        without = layers[number]
+        layers[number] = copy.deepcopy(self._empty[number])
+        try:
+            self._pieces.install_layer(self._base, number)
+            layers[number].requires_grad_(False)
+            yield part_of(self._decoder, [layers[number]])
+        finally:
+            layers[number] = without
+
+    def _chunks(self, rows: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+        table = self._decoder.embed_tokens.weight
+        num_bytes, start = 0, 0
+        for index, row in enumerate(rows):
+            size = len(row) * table.shape[1] * table.element_size()
+            if index > start and num_bytes + size > CHUNK_BYTES:
+                yield rows[start:index]
+                num_bytes, start = 0, index
+            num_bytes += size
+        if start < len(rows):
+            yield rows[start:]
+
+
+def part_of(decoder: Any, layers: Iterable[torch.nn.Module], *, norm: torch.nn.Module | None = None) -> Any:
+    """transformers' decoder with some of its layers only: they are shared, not copied.
+
+    Args:
+        norm: what follows the last of them; None: nothing.
+    """
+    part = copy.copy(decoder)
+    part._modules = dict(decoder._modules)
+    part.layers, part.norm = torch.nn.ModuleList(layers), norm or torch.nn.Identity()
+    return part
+
+
+def to_prefix(states: torch.Tensor, routed: torch.Tensor | None) -> Prefix:
+    """From the device: states [T, hidden]; waits for it."""
+    bits = states.view(torch.uint16) if states.dtype == torch.bfloat16 else states
+    return Prefix(bits.cpu().numpy(), None if routed is None else routed.float().cpu().numpy())
+
+
+def states_of(prefix: Prefix, dtype: torch.dtype) -> torch.Tensor:
+    """The states [B, T, hidden] of a batch in the compute type, on the host."""
+    values = np.ascontiguousarray(prefix.states)
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+    states = torch.from_numpy(values)
+    assert states.dtype == dtype, f"stored states are {states.dtype}, not {dtype}"
+    return states
