@@ -1,17 +1,18 @@
-"""What the benchmarks on a GPU share: random weights on disk, batches, the usual loop, turns, figures.
+"""What the benchmarks share: random weights on disk, batches, the usual loop, turns, figures.
 
 Every turn is a process of its own; the tools take turns, and ratios are of neighbouring turns.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,16 +221,38 @@ class TurnError(RuntimeError):
 
 
 def in_new_process(script: str, turn: Sequence[str], *, environment: Mapping[str, str] | None = None) -> Result:
-    """The JSON in the last line that `script --turn …` prints.
+    """The JSON in the last line that `script --turn …` prints, and under `process` what the process took: its
+    wall-clock and its processor seconds, from its start to its end.
 
     Raises: TurnError: it ended with an error.
     """
     variables = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(environment or {})
     command = [sys.executable, script, "--turn", *turn]
+    began, used = time.perf_counter(), children_seconds()
     ran = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    process = {"wall_seconds": time.perf_counter() - began, "processor_seconds": children_seconds() - used}
     if ran.returncode:
         raise TurnError(ran.stderr[-4000:])
-    return dict(json.loads(ran.stdout.strip().splitlines()[-1]))
+    return {**json.loads(ran.stdout.strip().splitlines()[-1]), "process": process}
+
+
+def children_seconds() -> float:
+    """Processor seconds of all child processes that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has had resident, mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's peak outlives exec: it may be that of the process that started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        if "VmHWM" in lines:
+            return int(lines["VmHWM"].split()[0]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
 
 
 def alternate(tools: Sequence[str], repeats: int, run: Callable[[str], Result]) -> dict[str, list[Result]]:
@@ -267,3 +290,42 @@ def machine(device: str) -> Result:
         "device": device_name(choose_device(device)),
         "versions": installed_packages(),
     }
+
+
+def facts(backend: str, device: str, *, packages: Iterable[str]) -> Result:
+    """Date, device as a backend names it, versions of those packages that are installed."""
+    import backends
+
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": str(date.today()),
+        "device": backends.get(backend).probe(device).device,
+        "python": sys.version.split()[0],
+        "versions": versions,
+    }
+
+
+def model_folder(model: str, backend: str, *, bits: int) -> Path:
+    """Folder of a hub id or a path, downloaded if need be."""
+    from core.models import resolve_model
+
+    return resolve_model(model, revision=None, backend=backend, bits=bits, memory_bytes=1 << 40, accelerator=False).path
+
+
+def command_line(script: str, arguments: Sequence[str]) -> str:
+    """What was typed, for a file of results: without the folders of this machine."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in arguments]
+    return " ".join(["python", f"benchmarks/{script}", *words])
+
+
+def save_part(path: Path, name: str, report: Result) -> None:
+    """Puts a part into a file of results; a part that was measured before is replaced, the others stay."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[name] = report
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1) + "\n")

@@ -1,250 +1,377 @@
-"""Training speed side by side with mlx_lm.lora and with TRL, on this machine's CPU.
+"""A whole run side by side with mlx_lm.lora, and with TRL's SFTTrainer on PEFT and bitsandbytes.
 
     pip install trl
-    python benchmarks/peers.py [--rows 32] [--repeats 3]
+    python benchmarks/peers.py                                  # both pairs on this machine's CPU, SmolLM2-135M
+    python benchmarks/peers.py --backend cuda --frozen half --repeats 5
+    python benchmarks/peers.py --device gpu --model 7b          # random weights in Mistral-7B's shape; also: mixtral
 
-Every tool trains the same adapter (rank 8 on q k v o) on SmolLM2-135M-Instruct in float32 with the same rows of the
-shipped expert questions, batches of 4, one epoch, the loss on the answers only. The clock runs over the training steps:
-not over loading, tokenising or evaluating. Processor seconds are counted, since on a shared machine wall-clock seconds
-measure the neighbours too; both are written down. The tools take turns, and the figure to quote is the ratio, turn by
-turn. MLX's tools both get the fast BLAS loaded first.
+A run is the same for all tools: the model's folder in; rank 8 on q k v o of the same layers, no dropout, AdamW at a
+constant rate; the same rows of the shipped expert questions with the loss on the answers only; as many optimiser steps
+of as many rows; the whole validation split evaluated before the first step, every --eval-every steps and at the end
+(mlx_lm before those steps instead of after); an adapter on the disk out. It is measured twice: with an adapter on every
+layer, and with the first half of the layers frozen.
+
+What is printed, medians over --repeats turns:
+- seconds of an optimiser step: the time in training steps over their number, the first one included. Ours: what the
+  trainer counts, reading the losses included; mlx_lm: its own count; TRL: its loop less its evaluations.
+- seconds of an evaluation of the validation split: their mean.
+- the whole run: from the start of the process to its end. Ours evaluates as many training rows each time (the probe,
+  for the gap) and writes checkpoints, which the peers don't: both are in; the figure without the probe stands beside.
+- the same without imports and loading: from the loaded model to the end of the process.
+- processor seconds of the process; peak memory: the process's resident set on a CPU (mapped weight files included),
+  what tensors held on a GPU.
+- the loss of the last adapter on the validation rows, every tool's by one and the same code: ours, on the cuda backend
+  where PyTorch is installed (in 4 bits, where the roundings differ, on the pair's own backend).
+
+Every turn is a process of its own, the tools take turns, ratios are of neighbouring turns. Ours starts each turn with
+an empty cache, so that filling the prefix store counts; "warm" is a second run that finds it filled.
+
+The peers' settings, which are also in the results:
+- mlx_lm: rows sorted by length (it does that itself), `mask_prompt`, `val_batches: -1`, AdamW with bias correction, no
+  checkpoints in between. On a CPU: a fast BLAS loaded first, float32 weights, no `mx.compile` (it would wait for g++).
+- TRL: rows grouped by length (`train_sampling_strategy`), prompts without loss, `prediction_loss_only`, fused AdamW, no
+  workers, no checkpoints, "sdpa" attention; its own head at target positions in Triton on a GPU, at every position on a
+  CPU, with entropy and accuracy, which can't be turned off. On a GPU bfloat16, evaluation batches four times as large,
+  flash attention without padding and Liger where they are installed. In 4 bits on a CPU the adapter is kept in float32.
+- All: activations are recomputed from 1 billion parameters on and not below.
+Each row has a target more with the peers: what stands after the end token, a line break for TRL, padding for mlx_lm.
+Their order of rows and first adapters are their own.
+
+The GPU part has not been measured yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
+import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import (  # noqa: E402
+    RESULTS,
+    Result,
+    alternate,
+    command_line,
+    facts,
+    in_new_process,
+    medians,
+    model_folder,
+    ratios,
+    save_part,
+    write_model,
+)
+from benchmarks.peers_tools import (  # noqa: E402
+    CHECKPOINTING_FROM,
+    TOOLS,
+    Turn,
+    judge,
+    mlx_lm_settings,
+    num_evaluations,
+    our_settings,
+    trl_settings,
+)
+
+RESULT = RESULTS / "peers.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NUM_LAYERS, BATCH_SIZE, MAX_TOKENS, LR = 30, 4, 256, 1e-4
-KEYS = [f"self_attn.{name}_proj" for name in "qkvo"]
-
-
-def model_folder() -> str:
-    from core.models import resolve_model
-
-    found = resolve_model(MODEL, revision=None, backend="cuda", bits=16, memory_bytes=1 << 34, accelerator=False)
-    return str(found.path)
-
-
-Seconds = tuple[float, float]
-"""Wall-clock and processor seconds of the steps of one epoch."""
-
-
-def timed(action: Callable[[], object]) -> Seconds:
-    wall, processor = time.perf_counter(), time.process_time()
-    action()
-    return time.perf_counter() - wall, time.process_time() - processor
-
-
-def ours(backend: str, data: Path, num_frozen: int) -> Seconds:
-    from core.settings import resolve
-    from core.workflow.job import prepare
-
-    sets = [
-        f"model.path={MODEL}",
-        "model.bits=16",
-        f"data.path={data / 'all.jsonl'}",
-        f"data.max_tokens={MAX_TOKENS}",
-        "data.validation=0.01",
-        "lora.rank=8",
-        "lora.alpha=16",
-        "lora.dropout=0",
-        f"lora.frozen_fraction={num_frozen / NUM_LAYERS}",
-        f"train.batch_size={BATCH_SIZE}",
-        "train.accumulation=1",
-        f"backend={backend}",
-        "device=cpu",
-    ]
-    job = prepare(resolve(assignments=sets).config, choose_bits=False)
-    learner = job.backend.open(job.config, job.model, job.adapter)
-
-    def epoch() -> None:
-        for step, batch in enumerate(job.data.epoch(0), start=1):
-            output = learner.train_step([batch], step=step, lr=LR)
-        float(output.loss)
-
-    return timed(epoch)
-
-
-def mlx_lm_lora(data: Path, num_frozen: int) -> Seconds:
-    from backends.mlx.blas import preload_blas
-
-    preload_blas()
-    from mlx_lm import lora
-
-    num_rows = len((data / "train.jsonl").read_text().splitlines())
-    config = {
-        "model": model_folder(),
-        "train": True,
-        "data": str(data),
-        "batch_size": BATCH_SIZE,
-        "iters": num_rows // BATCH_SIZE,
-        "num_layers": NUM_LAYERS - num_frozen,
-        "mask_prompt": True,
-        "steps_per_report": num_rows // BATCH_SIZE,
-        "steps_per_eval": 10**6,
-        "val_batches": 1,
-        "max_seq_length": MAX_TOKENS,
-        "learning_rate": LR,
-        "optimizer": "adamw",
-        "adapter_path": str(data / "adapters"),
-        "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0, "keys": KEYS},
-        "save_every": 10**6,
-    }
-    from types import SimpleNamespace
-
-    import mlx.core as mx
-    from mlx_lm.tuner import trainer
-
-    # the folder has float16 weights, which MLX on a CPU multiplies some thirty times slower than float32
-    load, train = lora.load, lora.train
-
-    def load_float32(*args: Any, **kwargs: Any) -> Any:
-        loaded = load(*args, **kwargs)
-        loaded[0].set_dtype(mx.float32)
-        return loaded
-
-    seconds: list[Seconds] = []
-    lora.load = load_float32
-    lora.train = lambda *args, **kwargs: seconds.append(timed(lambda: train(*args, **kwargs)))
-    trainer.evaluate = lambda *args, **kwargs: 0.0
-    lora.run(SimpleNamespace(**(lora.CONFIG_DEFAULTS | config)))
-    return seconds[0]
-
-
-def trl(data: Path, num_frozen: int) -> Seconds:
-    import torch
-    from datasets import load_dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
-
-    folder = model_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rows = load_dataset("json", data_files=str(data / "train.jsonl"), split="train")
-    rows = rows.map(
-        lambda row: {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-        }
-    )
-    settings = SFTConfig(
-        output_dir=str(data / "trl"),
-        per_device_train_batch_size=BATCH_SIZE,
-        num_train_epochs=1,
-        learning_rate=LR,
-        max_length=MAX_TOKENS,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-    )
-    layers = None if num_frozen == 0 else list(range(num_frozen, NUM_LAYERS))
-    adapter = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        target_modules=[key.rsplit(".", 1)[-1] for key in KEYS],
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-    )
-    trainer = SFTTrainer(
-        model,
-        args=settings,
-        train_dataset=rows,
-        peft_config=adapter,
-        processing_class=AutoTokenizer.from_pretrained(folder),
-    )
-    return timed(trainer.train)
-
-
-TOOLS: dict[str, Callable[[Path, int], Seconds]] = {
-    "twinkeel mlx": lambda data, frozen: ours("mlx", data, frozen),
-    "mlx_lm.lora": mlx_lm_lora,
-    "twinkeel cuda": lambda data, frozen: ours("cuda", data, frozen),
-    "trl": trl,
+DATA = ROOT / "data/samples/expert.jsonl"
+PEERS = {"mlx": "mlx_lm.lora", "cuda": "trl"}
+NEEDED = {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "peft", "trl")}
+PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "mkl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "liger-kernel",
+)
+WARM = ", warm"
+"""Of a tool's name: it finds what its first run left in the cache."""
+GOALS = {"nothing": {"seconds_per_step": 1.3, "run_seconds": 1.3}, "half": {"run_seconds": 2.5}}
+"""How many times faster than the peer."""
+FIGURES = {
+    "seconds_per_step": "s / step",
+    "seconds_per_evaluation": "s / evaluation",
+    "run_seconds": "whole run, s",
+    "run_without_probe_seconds": "without probe, s",
+    "after_load_seconds": "after the load, s",
+    "processor_seconds": "processor, s",
+    "peak_gb": "peak, GB",
 }
-PAIRS = (("twinkeel mlx", "mlx_lm.lora"), ("twinkeel cuda", "trl"))
+PATHS = ("model", "data", "adapter_path", "output_dir", "model.path", "data.path")
+"""Settings that say where things are on this machine."""
 
 
-def write_data(folder: Path, num_rows: int) -> None:
-    lines = (ROOT / "data/samples/expert.jsonl").read_text().splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(lines[:num_rows]))
-    (folder / "valid.jsonl").write_text("".join(lines[-4:]))
-    # ours cuts one validation row off
-    (folder / "all.jsonl").write_text("".join(lines[: num_rows + 1]))
+# --- model and rows ---------------------------------------------------------------------------------------------------
 
 
-def measure(tool: str, data: Path, num_frozen: int) -> Seconds:
-    """Seconds of one turn, in a process of its own."""
-    command = [sys.executable, __file__, "--turn", tool, "--data", str(data), "--frozen", str(num_frozen)]
-    ran = subprocess.run(
-        command,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        check=False,
+def find_model(args: argparse.Namespace, scratch: Path) -> Path:
+    """The folder of a hub id or a path; random weights for the name of a shape."""
+    from benchmarks.gpu_step import SHAPES as DENSE
+    from benchmarks.mixtral import SHAPES as MIXTURES
+    from tests.tiny import make_tokenizer
+
+    shapes = {"7b": DENSE["mistral-7b"], "tiny": DENSE["tiny"], "mixtral": MIXTURES["mixtral-8x7b"]}
+    if args.model not in shapes:
+        backend = "cuda" if "cuda" in args.backends else "mlx"
+        return model_folder(args.model, backend, bits=args.bits)
+    folder = scratch / "model"
+    folder.mkdir()
+    num_bytes = write_model(folder, shapes[args.model], layers=args.layers, device=args.device)
+    make_tokenizer(folder)  # every byte is a token
+    print(f"{num_bytes / 1e9:.2f} GB of random weights written", flush=True)
+    return folder
+
+
+def write_rows(args: argparse.Namespace, folder: Path) -> None:
+    """The first rows for training, the last ones for validation."""
+    folder.mkdir()
+    lines = args.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert args.rows + args.val_rows <= len(lines), f"{args.data.name} has {len(lines)} rows only"
+    (folder / "train.jsonl").write_text("".join(lines[: args.rows]), encoding="utf-8")
+    (folder / "valid.jsonl").write_text("".join(lines[-args.val_rows :]), encoding="utf-8")
+
+
+def first_turn(args: argparse.Namespace, model: Path, data: Path) -> Turn:
+    """What all turns have in common."""
+    from core.architecture import read_architecture
+
+    architecture = read_architecture(model)
+    return Turn(
+        model=str(model),
+        data=str(data),
+        output="",
+        device=args.device,
+        bits=args.bits,
+        num_rows=args.rows,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        eval_every=args.eval_every,
+        max_tokens=args.max_tokens,
+        num_layers=architecture.num_layers,
+        num_frozen=0,
+        is_large=architecture.num_parameters >= CHECKPOINTING_FROM,
+        sets=tuple(args.set),
     )
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    wall, processor = json.loads(ran.stdout.strip().splitlines()[-1])
-    return wall, processor
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--turn", choices=TOOLS, help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--frozen", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.turn:
-        print(json.dumps(TOOLS[args.turn](args.data, args.frozen)))
-        return
-    results = []
-    with tempfile.TemporaryDirectory() as name:
-        write_data(Path(name), args.rows)
-        for num_frozen in (0, NUM_LAYERS // 2):
-            for mine, peer in PAIRS:
-                turns = [(measure(mine, Path(name), num_frozen), measure(peer, Path(name), num_frozen))
-                         for _ in range(args.repeats)]  # fmt: skip
-                ratios = [theirs[1] / own[1] for own, theirs in turns]
-                results.append(
-                    {
-                        "frozen_layers": num_frozen,
-                        "tool": mine,
-                        "peer": peer,
-                        "wall_and_processor_seconds": turns,
-                        "speedup_median": statistics.median(ratios),
-                        "speedups": ratios,
-                    }
-                )
-                print(f"{num_frozen} of {NUM_LAYERS} layers frozen: {mine} is {statistics.median(ratios):.2f}x {peer} "
-                      f"({min(ratios):.2f} to {max(ratios):.2f}, {args.repeats} turns)", flush=True)  # fmt: skip
-    packages = {name: version(name) for name in ("mlx", "mlx-lm", "torch", "transformers", "peft", "trl")}
-    record = {
-        "date": str(date.today()),
-        "device": f"CPU, {os.cpu_count()} cores",
-        "rows": args.rows,
-        "versions": packages,
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+def run_turn(tool: str, turn: Turn, *, scratch: Path) -> Result:
+    """One whole run in a process of its own; its adapter stays in `scratch`."""
+    warm = tool.endswith(WARM)
+    output = Path(tempfile.mkdtemp(dir=scratch))
+    kept = scratch / f"kept, {tool.removesuffix(WARM)}"
+    # the first cold run's cache is what the warm ones find
+    cache = kept if warm or not kept.exists() else output / "cache"
+    cache.mkdir(exist_ok=True)
+    turn = replace(turn, output=str(output))
+    request = json.dumps(asdict(turn))
+    found = in_new_process(__file__, [tool.removesuffix(WARM), request], environment=environment(cache))
+    if cache != kept:
+        shutil.rmtree(cache)
+    return figures(found, turn)
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {"TWINKEEL_CACHE": str(cache), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def add_final_losses(turns: Mapping[str, Sequence[Result]], turn: Turn, *, judge_on: str, scratch: Path) -> None:
+    """Puts the loss of each turn's adapter beside its figures: all by one process."""
+    runs = [run for of_tool in turns.values() for run in of_tool]
+    request = asdict(turn) | {"adapters": [run.pop("adapter") for run in runs], "backend": judge_on}
+    judged = in_new_process(__file__, ["judge", json.dumps(request)], environment=environment(scratch))
+    for run, loss in zip(runs, judged["losses"], strict=True):
+        run["final_loss"] = loss
+
+
+def figures(found: Result, turn: Turn) -> Result:
+    """What is compared, from what a tool's turn measured."""
+    evaluations = found["evaluation_seconds"]
+    expected = num_evaluations(turn.steps, turn.eval_every)
+    assert found["steps"] == turn.steps, f"{found['steps']} steps instead of {turn.steps}"
+    assert len(evaluations) == expected, f"{len(evaluations)} evaluations instead of {expected}"
+    run, probe = found["process"]["wall_seconds"], sum(found.get("probe_seconds", []))
+    return found | {
+        "seconds_per_step": found["steps_seconds"] / found["steps"],
+        "seconds_per_evaluation": statistics.fmean(evaluations),
+        "run_seconds": run,
+        "run_without_probe_seconds": run - probe,
+        # ours reads its rows before it loads the model, the peers after
+        "after_load_seconds": run - found["loaded_at"] + found.get("rows_seconds", 0.0),
+        "processor_seconds": found["process"]["processor_seconds"],
     }
-    (ROOT / "benchmarks/results").mkdir(exist_ok=True)
-    (ROOT / "benchmarks/results/peers.json").write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+
+
+def measure(args: argparse.Namespace, backend: str, frozen: str, common: Turn, scratch: Path) -> Result:
+    """One pair of tools in one set-up."""
+    turn = replace(common, num_frozen=common.num_layers // 2 if frozen == "half" else 0)
+    mine, peer = f"twinkeel {backend}", PEERS[backend]
+    tools = [mine, *([mine + WARM] if frozen == "half" else []), peer]
+    judge_on = backend if args.bits == 4 or not has_packages(NEEDED["cuda"][:2]) else "cuda"
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        turns = alternate(tools, args.repeats, lambda tool: run_turn(tool, turn, scratch=Path(name)))
+        add_final_losses(turns, turn, judge_on=judge_on, scratch=Path(name))
+    found = {tool: ratios(turns[peer], turns[tool], tuple(FIGURES)) for tool in tools if tool != peer}
+    return {
+        "sizes": {
+            "rows": args.rows,
+            "validation_rows": args.val_rows,
+            "batch_size": args.batch_size,
+            "steps": turn.steps,
+            "evaluations": num_evaluations(turn.steps, turn.eval_every),
+            "layers": turn.num_layers,
+            "frozen_layers": turn.num_frozen,
+            "bits": turn.bits,
+        },
+        "judged_on": judge_on,
+        "settings": settings_of(turn, backend),
+        "median": {tool: medians(runs, (*FIGURES, "final_loss", "base_loss")) for tool, runs in turns.items()},
+        "times_faster_median": {
+            tool: {figure: statistics.median(values) for figure, values in of_tool.items()}
+            for tool, of_tool in found.items()
+        },
+        "times_faster": found,
+        "turns": turns,
+    }
+
+
+def settings_of(turn: Turn, backend: str) -> Result:
+    """What each tool was given, but for paths."""
+    theirs = mlx_lm_settings(turn) if backend == "mlx" else trl_settings(turn)
+    mine = dict(setting.split("=", 1) for setting in our_settings(turn))
+    return {
+        name: {key: value for key, value in settings.items() if key not in PATHS}
+        for name, settings in ((f"twinkeel {backend}", mine), (PEERS[backend], theirs))
+    }
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def table(title: str, report: Result) -> str:
+    """For a README."""
+    lines = [
+        title,
+        "",
+        f"| | {' | '.join(FIGURES.values())} | final validation loss |",
+        f"|---|{'---|' * (len(FIGURES) + 1)}",
+    ]
+    for tool, median in report["median"].items():
+        numbers = [f"{median[figure]:.3g}" if median[figure] < 100 else f"{median[figure]:.0f}" for figure in FIGURES]
+        lines.append(f"| {tool} | {' | '.join(numbers)} | {median['final_loss']:.4f} |")
+    for tool, found in report["times_faster"].items():
+        numbers = [_spread(found[figure]) for figure in FIGURES]
+        lines.append(f"| {tool}: times less | {' | '.join(numbers)} | |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    middle = f"{statistics.median(values):.2f}x"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.2f}–{max(values):.2f})"
+
+
+def title_of(args: argparse.Namespace, report: Result, device: str) -> str:
+    sizes = report["sizes"]
+    frozen = f"the first {sizes['frozen_layers']} of {sizes['layers']} layers frozen"
+    return (
+        f"{Path(args.model).name}, {sizes['bits']}-bit, {frozen if sizes['frozen_layers'] else 'nothing frozen'}: "
+        f"{sizes['rows']} + {sizes['validation_rows']} rows, {sizes['steps']} steps of {sizes['batch_size']} rows, "
+        f"{sizes['evaluations']} evaluations; {device}; medians of {args.repeats} turns"
+    )
+
+
+def goals(frozen: str, backend: str, report: Result) -> Iterable[str]:
+    """Each goal of the cold run, and whether it was reached."""
+    for figure, goal in GOALS[frozen].items():
+        ratio = report["times_faster_median"][f"twinkeel {backend}"][figure]
+        verdict = "reached" if ratio >= goal else "missed"
+        yield f"goal, {FIGURES[figure]}: {goal}x {PEERS[backend]}: {verdict} ({ratio:.2f}x)"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def has_packages(names: Iterable[str]) -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", choices=("mlx", "cuda", "both"), default="both")
+    parser.add_argument("--frozen", choices=("0", "half", "both"), default="both", help="layers without an adapter")
+    parser.add_argument("--model", default=MODEL, help="hub id or folder; 7b, mixtral, tiny: random weights")
+    parser.add_argument("--layers", type=int, help="so many layers of a model of random weights")
+    parser.add_argument("--bits", type=int, choices=(4, 16), default=16)
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--rows", type=int, default=48, help="training rows")
+    parser.add_argument("--val-rows", type=int, default=12, help="validation rows")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--eval-every", type=int, default=10, help="optimiser steps between evaluations")
+    parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each tool")
+    parser.add_argument("--data", type=Path, default=DATA, help="JSONL with prompt and completion")
+    parser.add_argument("--set", action="append", default=[], metavar="S=V", help="another setting of ours")
+    parser.add_argument("--output", type=Path, default=RESULT, help="default: %(default)s")
+    parser.add_argument("--turn", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.rows % args.batch_size or args.val_rows % args.batch_size:
+        parser.error("--rows and --val-rows must be multiples of --batch-size: mlx_lm leaves out what is over")
+    if args.eval_every < 2:
+        parser.error("--eval-every must be 2 or more: mlx_lm's first evaluation is that of its first step")
+    args.frozen_parts = {"0": ["nothing"], "half": ["half"], "both": ["nothing", "half"]}[args.frozen]
+    args.backends = list(PEERS) if args.backend == "both" else [args.backend]
+    if args.device == "gpu" and args.backend == "both":  # a machine has a GPU for one of them
+        args.backends = ["mlx" if sys.platform == "darwin" else "cuda"]
+    missing = [name for name in args.backends if not has_packages(NEEDED[name])]
+    if missing and args.turn is None:
+        parser.error(f"{', '.join(missing)}: needs {', '.join(NEEDED[missing[0]])}")
+    return args
+
+
+def take_turn(tool: str, request: dict[str, Any]) -> Result:
+    request["sets"] = tuple(request["sets"])
+    if tool == "judge":
+        adapters, backend = map(Path, request.pop("adapters")), request.pop("backend")
+        return judge(Turn(**request), adapters=list(adapters), backend=backend)
+    return TOOLS[tool](Turn(**request))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    if args.turn:
+        print(json.dumps(take_turn(args.turn[0], json.loads(args.turn[1]))))
+        return
+    command = command_line("peers.py", sys.argv[1:] if arguments is None else arguments)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        common = first_turn(args, find_model(args, scratch), scratch / "data")
+        write_rows(args, scratch / "data")
+        for backend in args.backends:
+            about = facts(backend, args.device, packages=PACKAGES) | {"command": command}
+            for frozen in args.frozen_parts:
+                report = measure(args, backend, frozen, common, scratch)
+                print(table(title_of(args, report, about["device"]), report))
+                print("\n".join(goals(frozen, backend, report)), flush=True)
+                # after each, so that a run that is cut short leaves what it has
+                part = f"{Path(args.model).name}, {args.bits}-bit, {args.device}, {backend}, {frozen} frozen"
+                save_part(args.output, part, about | report)
 
 
 if __name__ == "__main__":

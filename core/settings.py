@@ -124,8 +124,8 @@ def _fields(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def describe_fields() -> dict[str, str]:
-    """Dotted name -> the docstring under the field."""
-    return {name: field.description or "" for name, field in _fields(RunConfig, "")}
+    """Dotted name -> the docstring under the field, on one line."""
+    return {name: " ".join((field.description or "").split()) for name, field in _fields(RunConfig, "")}
 
 
 # --- reading the sources ----------------------------------------------------------------------------------------------

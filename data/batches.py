@@ -1,11 +1,10 @@
 """Token rows -> batches of a few widths.
 
-Every row comes exactly once an epoch, and none is dropped. The order is a function of (seed, epoch).
+Every row comes exactly once an epoch, and none is dropped. Order and grouping are a function of (seed, epoch).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from core.protocols import IGNORE, Batch, IntArray, TokenArray
 from core.seeding import generator
+from data.shapes import Shapes
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -103,86 +103,48 @@ def _batch(rows: TokenRows, group: IntArray, width: int) -> Batch:
     return Batch(rows.row_ids[group], inputs, targets)
 
 
-def epoch_batches(rows: TokenRows, *, batch_size: int, seed: int, epoch: int, widths: Sequence[int]) -> Batches:
-    """The training batches of an epoch, in an order that (seed, epoch) decides.
+def epoch_batches(rows: TokenRows, shapes: Shapes, *, seed: int, epoch: int) -> Batches:
+    """The training batches of an epoch, of the given shapes; (seed, epoch) decides which rows meet, and the order.
 
-    Rows are shuffled and grouped by padded width. What does not fill a batch moves up to the next width, so that at
-    most one batch of the epoch is short. `widths` is what `choose_widths` gave for rows at least as long.
+    `shapes` is what `train_shapes` gave for the rows' lengths.
     """
     random = generator(seed, "order", epoch)
-    groups = _fill(rows, random.permutation(len(rows)), batch_size, widths)
+    groups = _fill(rows, shapes, random)
     order = random.permutation(len(groups))
-    return _plan(rows, [groups[index] for index in order], widths)
+    return Batches(rows, tuple(groups[index] for index in order), tuple(shapes.widths[index] for index in order))
 
 
-def eval_batches(rows: TokenRows, *, batch_size: int, widths: Sequence[int]) -> Batches:
-    """Every row once, in a fixed order: the widest batches first, so that memory runs out at once or not at all."""
-    groups = _fill(rows, np.arange(len(rows)), batch_size, widths)
-    return _plan(rows, groups[::-1], widths)
+def eval_batches(rows: TokenRows, shapes: Shapes) -> Batches:
+    """Every row once, in a fixed order: the widest batches first, so that memory runs out at once or not at all.
 
-
-def _fill(rows: TokenRows, order: IntArray, batch_size: int, widths: Sequence[int]) -> list[IntArray]:
-    """Cuts the rows, in `order` within a width, into groups of `batch_size`; the last may be smaller."""
-    assert len(rows) == 0 or rows.lengths.max() - 1 <= max(widths)
-    bucket = np.searchsorted(np.sort(widths), rows.lengths[order] - 1)
-    groups: list[IntArray] = []
-    left_over = order[:0]
-    for index in range(len(widths)):
-        members = np.concatenate([left_over, order[bucket == index]])
-        num_full = len(members) // batch_size * batch_size
-        groups += np.split(members[:num_full], num_full // batch_size) if num_full else []
-        left_over = members[num_full:]
-    return [*groups, left_over] if len(left_over) else groups
-
-
-def _plan(rows: TokenRows, groups: Sequence[IntArray], widths: Sequence[int]) -> Batches:
-    """Each group at the smallest width that holds its longest row."""
-    rising = sorted(widths)
-    longest = [int(rows.lengths[group].max()) - 1 for group in groups]
-    return Batches(rows, tuple(groups), tuple(rising[bisect_left(rising, length)] for length in longest))
-
-
-def padding_share(batches: Iterable[Batch], rows: TokenRows) -> float:
-    """Share of the positions of an epoch's batches over `rows` that hold no token, from 0 to 1."""
-    num_computed = sum(batch.num_tokens for batch in batches)
-    return 1.0 - (rows.num_tokens - len(rows)) / num_computed if num_computed else 0.0
-
-
-def choose_widths(*rows: TokenRows, max_widths: int = 8, multiple: int = 8) -> tuple[int, ...]:
-    """The at most `max_widths` widths (multiples of `multiple`, rising) that leave the least padding in all of `rows`.
-
-    Exact: dynamic programming over the histogram of lengths. With c(j) rows of at most width w(j), the best cost of
-    covering the first j widths with k of them is `best[k, j] = min over i < j of best[k - 1, i] + w(j) (c(j) - c(i))`.
+    `shapes` is what `eval_shapes` gave for the rows' lengths.
     """
-    lengths = np.concatenate([part.lengths for part in rows]) - 1
-    rounded = -(-lengths // multiple) * multiple
-    width, num_rows = np.unique(rounded, return_counts=True)
-    if not len(width):
-        return ()
-    covered = np.concatenate([[0], np.cumsum(num_rows)])
-    num_widths = min(max_widths, len(width))
-    # cost[i, j]: positions that are computed for the rows after the first i widths, padded to the j-th; i < j
-    cost = np.where(
-        np.arange(len(width) + 1)[:, None] < np.arange(1, len(width) + 1),
-        width * (covered[1:] - covered[:, None]),
-        np.inf,
-    )
-    best = np.concatenate([[0.0], cost[0]])
-    previous = []
-    for _ in range(num_widths - 1):
-        total = best[:, None] + cost
-        previous.append(total.argmin(axis=0))
-        best = np.concatenate([[0.0], total.min(axis=0)])
-    return _walk_back(width, previous)
+    return Batches(rows, tuple(_fill(rows, shapes, None)), shapes.widths)
 
 
-def _walk_back(width: IntArray, previous: Sequence[IntArray]) -> tuple[int, ...]:
-    """The chosen widths: the last one, then at each step the one before it, until none is left to cover."""
-    chosen = []
-    at = len(width)
-    for step in [*reversed(previous), np.zeros(len(width), np.int64)]:
-        chosen.append(int(width[at - 1]))
-        at = int(step[at - 1])
-        if at == 0:
-            break
-    return tuple(reversed(chosen))
+def _fill(rows: TokenRows, shapes: Shapes, random: np.random.Generator | None) -> list[IntArray]:
+    """Rows for each batch: from the narrowest up, any of those that fit and are not taken yet, or the shortest.
+
+    Rows left over fit in what is wider, so whatever is drawn, all find a place.
+    """
+    assert sum(shapes.sizes) == len(rows)
+    widths = np.array(shapes.widths, np.int64)
+    rising = np.argsort(rows.lengths, kind="stable")
+    groups = [rising[:0]] * len(shapes)
+    waiting, start = rising[:0], 0
+    for width in np.unique(widths):
+        stop = int(np.searchsorted(rows.lengths[rising], width + 1, side="right"))
+        waiting = np.concatenate([waiting, rising[start:stop]])
+        waiting = waiting if random is None else random.permutation(waiting)
+        start = stop
+        for index in np.flatnonzero(widths == width)[::-1]:
+            groups[index], waiting = np.split(waiting, [shapes.sizes[index]])
+            assert len(groups[index]) == shapes.sizes[index]
+    return groups
+
+
+def padding_share(batches: Batches) -> float:
+    """Share of the batches' positions that hold no token, from 0 to 1."""
+    num_needed = sum(int((batches.rows.lengths[group] - 1).sum()) for group in batches.groups)
+    num_positions = sum(len(group) * width for group, width in zip(batches.groups, batches.widths, strict=True))
+    return 1.0 - num_needed / num_positions if num_positions else 0.0

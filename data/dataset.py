@@ -17,6 +17,9 @@ from data.sources import SKIP_HINT, BadRows, and_more, count, read_source
 from data.split import cut_rows, num_copies, rows_not_in
 from data.tokenize import Renderer, Tokenized, Tokenizer, tokenize_examples
 
+_FORMAT = 2
+"""Raise it when the same rows give other batches: a run from before is then refused, not continued on other ones."""
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -123,7 +126,7 @@ def _without_copies(side: str, rows: TokenRows, held_out: Iterable[TokenRows], f
 
 
 def _fingerprint(splits: Mapping[str, TokenRows], config: DataConfig) -> str:
-    digest = hashlib.sha256(json.dumps([1, config.max_tokens, config.train_on]).encode())
+    digest = hashlib.sha256(json.dumps([_FORMAT, config.max_tokens, config.train_on]).encode())
     for split, rows in splits.items():
         digest.update(json.dumps([split, rows.lengths.tolist()]).encode())
         for ids, is_target in zip(rows.ids, rows.is_target, strict=True):

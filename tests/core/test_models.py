@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 import zipfile
@@ -497,6 +498,33 @@ def test_a_damaged_cache_is_made_again(
     assert wheel.is_whole(folder)
     assert times_made(made_log) == 2
     assert "making it again" in caplog.text
+
+
+def test_what_was_found_whole_is_read_again_only_when_it_was_written_to(
+    made_log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = wheel.packaged_model()
+    read: list[str] = []
+    checksum = wheel._sha256
+
+    def count(path: Path) -> str:
+        read.append(path.name)
+        return checksum(path)
+
+    monkeypatch.setattr(wheel, "_sha256", count)
+    assert wheel.is_whole(folder)
+    assert wheel.is_whole(folder)
+    assert read.count("model.safetensors") == 2  # so new that a change could bear the same time
+    monkeypatch.setattr(wheel, "_CLOCK_NS", 0)
+    assert wheel.is_whole(folder)
+    read.clear()
+    assert wheel.is_whole(folder)
+    assert read == []
+    weights = folder / "model.safetensors"
+    before = weights.stat()
+    _flip_a_byte(folder)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a restored backup has it
+    assert not wheel.is_whole(folder)
 
 
 def test_a_killed_conversion_leaves_nothing_behind(made_log: Path) -> None:
