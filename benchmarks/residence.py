@@ -158,8 +158,9 @@ def measure(backend: str, device: str, *, bits: int, layers: int | None) -> Resu
             turn = {"folder": name, "backend": backend, "device": device, "bits": bits, "setting": setting}
             environment = {"TWINKEEL_CACHE": str(Path(name) / f"cache-{setting}")}
             found[setting] = in_new_process(__file__, ["run", json.dumps(turn)], environment=environment)
-            print(f"{setting:<16}{found[setting]['peak_gb']:>8.2f} GB{found[setting]['seconds_per_step']:>8.2f} s a step"
-                  f"   losses {' '.join(f'{loss:.6f}' for loss in found[setting]['losses'])}", flush=True)  # fmt: skip
+            one = found[setting]
+            print(f"{setting:<16}{one['peak_gb']:>8.2f} GB{one['seconds_per_step']:>8.2f} s a step"
+                  f"   losses {' '.join(f'{loss:.6f}' for loss in one['losses'])}", flush=True)  # fmt: skip
     return {"bits": bits, "parameters": num_bytes // 2, "settings": found}
 
 

@@ -169,7 +169,7 @@ class EvalConfig(Section):
     probe_rows: Count = 200
     """Training rows that are evaluated the same way as the validation split, for the gap."""
     batch_size: Count | None = None
-    """Rows in an evaluation batch; null: train.batch_size."""
+    """Rows in an evaluation batch; null: train.batch_size, or train.batch_tokens."""
 
 
 class GuardConfig(Section):

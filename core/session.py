@@ -347,7 +347,7 @@ class Session:
             *self._prefix_lines(),
             f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
-            f"  plan     {self._plan.total_steps} steps of {config.train.batch_size * config.train.accumulation} rows, "
+            f"  plan     {self._plan.total_steps} steps of {self._step_size()}, "
             f"{self._epochs()} · watch it with: python cli.py monitor{self._named()}",
         ]
         if checkpoint is not None:
@@ -358,6 +358,13 @@ class Session:
             _log.warning(warning)
         if checkpoint is None:
             self._warn_of_rare_evaluations()
+
+    def _step_size(self) -> str:
+        train = self._config.train
+        if train.batch_tokens is None:
+            return f"{train.batch_size * train.accumulation} rows"
+        rows = self._job.data.num_train_rows / self._plan.steps_per_epoch
+        return f"{train.accumulation} x up to {train.batch_tokens} positions (about {rows:.0f} rows)"
 
     def _prefix_lines(self) -> list[str]:
         if (prefix := self._prefix) is None:
@@ -392,7 +399,12 @@ class Session:
     def _memory_hint(self) -> str:
         """Which setting to lower, and by what."""
         train = self._config.train
-        if train.batch_size > 1:
+        if train.batch_tokens is not None and self._job.data.largest_batch[0] > 1:
+            return (
+                "same training in less memory, about: "
+                f"--set train.batch_tokens={train.batch_tokens // 2} --accumulation {train.accumulation * 2}"
+            )
+        if train.batch_tokens is None and train.batch_size > 1:
             half = train.batch_size // 2
             accumulation = train.accumulation * train.batch_size // half
             return f"same training in less memory: --batch-size {half} --accumulation {accumulation}"

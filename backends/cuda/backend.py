@@ -163,8 +163,8 @@ def _type_warnings(config: RunConfig, device: torch.device) -> list[str]:
 def _open(
     config: RunConfig, model: ResolvedModel, initial: Adapter, device: torch.device, source: Source | None
 ) -> Learner:
-    from backends.cuda.learner import CudaLearner
     from backends.cuda.halves import AbsentLayers
+    from backends.cuda.learner import CudaLearner
     from backends.cuda.model import enable_checkpointing, load_base, load_upper_base, put_adapter
 
     dtype = compute_dtype(config.model.dtype, device)

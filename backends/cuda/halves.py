@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backends.cuda.routers import RouterWatch
-from core.protocols import Prefix, TokenArray
+from core.protocols import Prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

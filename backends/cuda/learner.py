@@ -382,8 +382,8 @@ def weights_of(model: torch.nn.Module, adapter: Mapping[str, torch.nn.Parameter]
 
 
 def _unwrapped(name: str) -> str:
-    """The base model's own name of something that an adapter was put around, by PEFT or by us."""
-    return name.replace(".base_layer.", ".").replace(".base.", ".")
+    """The base model's own name of something that an adapter was put around."""
+    return name.replace(".base.", ".")
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -7,21 +7,21 @@ optimises (1 - eps) * CE + eps * mean over v of -log p(v), and the mean is logsu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024
 """Target positions whose float32 logits exist at one time."""
 
 
 def summed_losses(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, *, smoothing: float
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, *, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Objective and cross-entropy, each summed over the targets.
 
     Args:
-        head: output projection, hidden size to vocabulary.
+        head: frozen output projection, hidden size to vocabulary.
         hidden: [N, hidden] final hidden states at the target positions.
         targets: int64 [N] token ids.
         smoothing: eps above.
@@ -29,24 +29,42 @@ def summed_losses(
     Returns:
         float32 scalars: what is differentiated, and the pure cross-entropy in nats (no gradient).
     """
-    if len(targets) <= CHUNK:
-        objective, nll = _chunk_losses(head, hidden, targets, smoothing)
-        return objective, nll.detach()
-    objectives, nlls = [], []
-    for states, ids in _chunks(hidden, targets):
-        # Recomputed in the backward pass, so that one chunk's logits exist at a time.
-        objective, nll = checkpoint(
-            _chunk_losses,
-            head,
-            states,
-            ids,
-            smoothing,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        objectives.append(objective)
-        nlls.append(nll.detach())
-    return torch.stack(objectives).sum(), torch.stack(nlls).sum()
+    objective, nll = _SummedLosses.apply(hidden, head, targets, smoothing)
+    return objective, nll
+
+
+class _SummedLosses(torch.autograd.Function):  # type: ignore[misc]
+    """Takes the gradient while a chunk's logits are there: they are computed once, turned into their own gradient in
+    place, and are gone before the next chunk's come (as in Liger's fused linear cross-entropy, arXiv:2410.10989).
+
+    With p = softmax(z) the objective's gradient is p - (1 - eps) * onehot(y) - eps / V.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, smoothing: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        nll, uniform = torch.zeros((), device=hidden.device), torch.zeros((), device=hidden.device)
+        slopes = []
+        for states, ids in _chunks(hidden, targets):
+            log_p = torch.log_softmax(_logits(head, states), dim=-1)
+            nll -= log_p.gather(-1, ids[:, None]).sum()
+            if smoothing:
+                uniform -= log_p.mean(-1).sum()
+            slope = log_p.exp_()
+            if smoothing:
+                slope -= smoothing / slope.shape[-1]
+            slope.scatter_add_(-1, ids[:, None], slope.new_full((len(ids), 1), smoothing - 1.0))
+            slopes.append(slope.to(head.weight.dtype) @ head.weight)
+        ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype))
+        ctx.mark_non_differentiable(nll)
+        objective = (1.0 - smoothing) * nll + smoothing * uniform
+        return objective, nll
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0].to(slope.dtype), None, None, None
 
 
 def token_losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -82,15 +100,3 @@ def _logits(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def _token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     picked = logits.gather(-1, targets[:, None]).squeeze(-1)
     return logits.logsumexp(-1) - picked
-
-
-def _chunk_losses(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = _logits(head, hidden)
-    normaliser = logits.logsumexp(-1)
-    nll = (normaliser - logits.gather(-1, targets[:, None]).squeeze(-1)).sum()
-    if smoothing == 0.0:
-        return nll, nll
-    uniform = (normaliser - logits.mean(-1)).sum()
-    return (1.0 - smoothing) * nll + smoothing * uniform, nll

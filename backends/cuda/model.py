@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
+from backends.cuda.lora import LoraLinear, LoraPair
 from backends.cuda.moe import attach_sparse, is_sparse
 from backends.cuda.streaming import Pieces, Source, load_in_pieces, load_packed
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("twinkeel")
 
 ATTENTION = "twinkeel_causal"
-ADAPTER_NAME = "default"
 NAMES_SHOWN = 3
 
 
@@ -246,7 +246,7 @@ def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.P
 
     They go where the embeddings are, which may not be where a layer's own weights are.
 
-    Dense modules are PEFT's. Experts and routers, which transformers 5 keeps as bare parameters, are
+    Dense modules are `backends.cuda.lora`'s; experts and routers, which transformers 5 keeps as bare parameters, are
     `backends.cuda.moe`'s: PEFT would build every expert's whole delta at each forward pass and allows no dropout there.
 
     Returns:
@@ -262,49 +262,30 @@ def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.P
     known = dict(base.named_modules())
     if lacking := [name for name in dense if name not in known]:
         raise UserError(f"the adapter is for modules that this model lacks: {_listed(lacking)}")
-    if dense:
-        _inject(base, adapter, dense)
     base.requires_grad_(False)
-    found = {**_dense_parameters(base, dense), **attach_sparse(base, adapter, sparse)}
+    found = {**_attach_dense(base, adapter, dense), **attach_sparse(base, adapter, sparse)}
     parameters = {name: found[name] for name in adapter.tensors}
     device = base.get_input_embeddings().weight.device
     for name, parameter in parameters.items():
         value = torch.from_numpy(adapter.tensors[name].copy())
         assert parameter.shape == value.shape, f"{name} is {tuple(parameter.shape)}"
-        parameter.data = value.to(device)  # PEFT makes it in the base's type and where that is; it is float32
+        parameter.data = value.to(device)
         parameter.requires_grad_(True)
     return parameters
 
 
-def _inject(base: PreTrainedModel, adapter: Adapter, names: list[str]) -> None:
-    """PEFT's LoRA layers in place of the named modules."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    settings = LoraConfig(
-        lora_dropout=adapter.dropout,
-        target_modules=names,
-        rank_pattern={name: adapter.modules[name].rank for name in names},
-        bias="none",
-        init_lora_weights=False,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        inject_adapter_in_model(settings, base, adapter_name=ADAPTER_NAME)
-    layers = dict(base.named_modules())
+def _attach_dense(base: PreTrainedModel, adapter: Adapter, names: list[str]) -> dict[str, torch.nn.Parameter]:
+    """Puts a pair beside each of the named linear layers; returns its parameters under their neutral names."""
+    found = {}
     for name in names:
-        layer: Any = layers[name]
-        layer.scaling[ADAPTER_NAME] = adapter.scale_of(name)
-        # Under autocast the input can stay in the compute type; PEFT would turn it to float32 and autocast back.
-        layer.cast_input_dtype_enabled = False
-
-
-def _dense_parameters(base: PreTrainedModel, names: list[str]) -> dict[str, torch.nn.Parameter]:
-    found = dict(base.named_parameters())
-    return {
-        f"{name}.{letter}": found[f"{name}.{letter}.{ADAPTER_NAME}.weight"]
-        for name in names
-        for letter in (LORA_A, LORA_B)
-    }
+        parent_path, _, leaf = name.rpartition(".")
+        parent: Any = base.get_submodule(parent_path)
+        linear, pair = getattr(parent, leaf), LoraPair(adapter, name)
+        expected = ((pair.a.shape[0], linear.in_features), (linear.out_features, pair.b.shape[1]))
+        assert (pair.a.shape, pair.b.shape) == expected, f"the adapter of {name} is {pair.a.shape}, {pair.b.shape}"
+        setattr(parent, leaf, LoraLinear(linear, pair, adapter.dropout))
+        found[f"{name}.{LORA_A}"], found[f"{name}.{LORA_B}"] = pair.a, pair.b
+    return found
 
 
 def enable_checkpointing(base: PreTrainedModel) -> None:

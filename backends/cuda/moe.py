@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from backends.cuda.experts import product, route
+from backends.cuda.lora import LoraPair
 from core.adapter import LORA_A, LORA_B, Adapter
 from core.architecture import EXPERTS, ROUTER
 from core.errors import UserError
@@ -57,27 +58,6 @@ def _wrapped(base: PreTrainedModel, path: str, dropout: float) -> LoraExperts | 
         module = LoraExperts(module, dropout) if leaf == "experts" else LoraRouter(module, dropout)
         setattr(parent, leaf, module)
     return module
-
-
-class LoraPair(torch.nn.Module):  # type: ignore[misc]
-    """A and B of one module, of all experts where it has experts."""
-
-    def __init__(self, adapter: Adapter, name: str) -> None:
-        super().__init__()
-        a, b = adapter.matrices(name)
-        self.a = torch.nn.Parameter(torch.from_numpy(a.copy()))
-        self.b = torch.nn.Parameter(torch.from_numpy(b.copy()))
-        self.scale = adapter.scale_of(name)
-        self._each: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] = ((), ())
-
-    def forward(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """scale * B A x, in the type of `x`: [tokens, in] -> [tokens, out]. Under autocast nothing is cast here."""
-        a, b = (self.a, self.b) if expert is None else (self._each[0][expert], self._each[1][expert])
-        return self.scale * F.linear(F.linear(x, a), b).to(x.dtype)
-
-    def split(self) -> None:
-        """Before a forward pass: the experts' matrices one by one, so that their gradients are put together once."""
-        self._each = self.a.unbind(0), self.b.unbind(0)
 
 
 class _Lora(torch.nn.Module):  # type: ignore[misc]

@@ -82,6 +82,7 @@ class MlxLearner:
         self._meter = MemoryMeter(accelerator=accelerator)
         self._on_close = on_close
         self._closed = False
+        self._exact = not compiled
         compile_ = mx.compile if compiled else _as_it_is
         self._gradients = compile_(self._gradients_of_microbatch)
         self._update = compile_(self._updated)
@@ -92,7 +93,7 @@ class MlxLearner:
 
     def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
         """Submits one optimiser step and returns before it is computed."""
-        selections = [select_targets(batch) for batch in microbatches]
+        selections = [select_targets(batch, exact=self._exact) for batch in microbatches]
         num_targets = sum(selection.num_targets for selection in selections)
         assert num_targets > 0, "a step without a target token"
         with translate_out_of_memory(f"a training step of {_shapes(microbatches)}"):
@@ -219,7 +220,7 @@ class MlxLearner:
         counts: mx.array | None = None
         waiting: tuple[Batch, Selection, mx.array] | None = None
         for batch in batches:
-            selection = select_targets(batch)
+            selection = select_targets(batch, exact=self._exact)
             with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
                 tokens, position, target, _ = _device_arrays(batch, selection)
                 is_token = mx.array(batch.is_token.astype(np.int32)) if self.network.is_mixture else None
@@ -242,7 +243,7 @@ class MlxLearner:
         return Replay.gather(some, [nll for nll, _ in found], [greedy for _, greedy in found])
 
     def _replay(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        selection = select_targets(batch)
+        selection = select_targets(batch, exact=self._exact)
         with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
             tokens, position, target, _ = _device_arrays(batch, selection)
             hidden = self.network.hidden_states(self.parameters, tokens)

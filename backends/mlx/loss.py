@@ -27,7 +27,7 @@ _SMALLEST = 32
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The target positions of a batch, padded to one of a few lengths M so that few shapes are compiled."""
+    """The target positions of a batch, where it is compiled padded to one of a few lengths M."""
 
     position: np.ndarray
     """int32 [M]: b * T + t; 0 in the padding."""
@@ -43,10 +43,15 @@ class Selection:
         return len(self.row)
 
 
-def select_targets(batch: Batch) -> Selection:
+def select_targets(batch: Batch, *, exact: bool = False) -> Selection:
+    """The target positions of a batch.
+
+    Args:
+        exact: no padding: for functions that are not compiled.
+    """
     row, column = np.nonzero(batch.targets != IGNORE)
     count = len(row)
-    size = padded_size(count)
+    size = max(count, 1) if exact else padded_size(count)
     position, target = np.zeros(size, np.int32), np.zeros(size, np.int32)
     weight = np.zeros(size, np.float32)
     position[:count] = row * batch.targets.shape[1] + column

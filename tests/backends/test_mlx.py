@@ -483,9 +483,10 @@ def _peak(learner: MlxLearner, batch: Batch, call: str) -> int:
 def test_logits_never_exist_whole(
     wide_vocabulary: Path, opened: Callable[..., MlxLearner], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """512 positions x 32768 tokens in float32 are 64 MiB; few targets, or chunks of 8, must need far less."""
-    learner, whole = opened(wide_vocabulary), 512 * 32768 * 4
+    """Logits of 344 targets x 32768 tokens in float32 are 43 MiB; few targets, or chunks of 8, must need far less."""
+    learner = opened(wide_vocabulary)
     everywhere = make_batch((128, 128, 128, 128))
+    whole = everywhere.num_targets * 32768 * 4
     few = replace(everywhere, targets=everywhere.targets.copy())
     few.targets[:, :-4] = IGNORE
     _peak(learner, few, call)
