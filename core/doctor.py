@@ -41,6 +41,7 @@ BASE_PACKAGES = {
     "safetensors": "0.5",
     "tokenizers": "0.22",
     "transformers": "5.17",
+    "xxhash": "3.4",
 }
 """Lowest versions, as in pyproject.toml (a test compares the two)."""
 BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {

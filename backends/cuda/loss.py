@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 CHUNK = 1024
 """Target positions whose float32 logits exist at one time."""
@@ -67,13 +68,13 @@ class _SummedLosses(torch.autograd.Function):  # type: ignore[misc]
         return slope * gradients[0].to(slope.dtype), None, None, None
 
 
-def token_losses(head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each target in nats: float32 [N], for `hidden` [N, hidden] and int64 `targets` [N]."""
     return torch.cat([_token_nll(logits, t) for logits, t in _chunks_of_logits(head, hidden, targets)])
 
 
 def token_replay(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `token_losses`, and the most likely token at each position: float32 [N] and int64 [N]."""
     found = [(_token_nll(logits, t), logits.argmax(-1)) for logits, t in _chunks_of_logits(head, hidden, targets)]
@@ -82,7 +83,7 @@ def token_replay(
 
 
 def _chunks_of_logits(
-    head: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for states, ids in _chunks(hidden, targets):
         yield _logits(head, states), ids
@@ -92,9 +93,8 @@ def _chunks(hidden: torch.Tensor, targets: torch.Tensor) -> Iterator[tuple[torch
     return zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
 
 
-def _logits(head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = head(hidden)
-    return logits.float()
+def _logits(head: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    return F.linear(hidden, head.weight, head.bias).float()
 
 
 def _token_nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
