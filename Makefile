@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 # The MLX backend runs on Macs and, for tests, on Linux.
 EXTRAS := $(if $(filter Darwin Linux,$(shell uname -s)),mlx,)
 
-.PHONY: help setup setup-dev train test check format clean
+.PHONY: help setup setup-dev train test test-slow check format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -35,6 +35,9 @@ train: $(VENV)/.setup  ## fine-tune SmolLM2 on the shipped questions: make train
 
 test: $(VENV)/.setup-dev  ## run the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slow: $(VENV)/.setup-dev  ## run the benchmarks in small, which make test leaves out
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.setup-dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

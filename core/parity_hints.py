@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 from core.config import BASE_MODEL
 
-STEADY = 0.1
+STEADY = 0.05
 """A difference that had this part of its size by half of the way has grown since the start, and not of rounding."""
-ROUNDING = 5e-6
-"""So has one that was above this: of float32 rounding, fifty steps leave a tenth of it."""
 JUMP = 10.0
 """One that is more than so many times the largest before came with its step."""
 
@@ -71,4 +69,4 @@ def hint_of_step(place: str, differences: Sequence[float]) -> str:
     if max(before) * JUMP < last:
         return HINTS["jump"]
     half = before[: (len(differences) + 1) // 2]
-    return HINTS["steady" if max(half) >= min(STEADY * last, ROUNDING) else "drift"]
+    return HINTS["steady" if max(half) >= STEADY * last else "drift"]
