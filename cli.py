@@ -50,16 +50,20 @@ def train(args: argparse.Namespace) -> int:
         from core.workflow.train import train
 
         return train(settings, console=make_console())
-    if given := [flag for flag in _given(args) if flag not in _WHERE]:
+    from core.config import FREE_ON_RESUME
+
+    names = {text.partition("=")[0].strip() for text in args.assignments}
+    free = (*_WHERE, "--set") if names <= set(FREE_ON_RESUME) else _WHERE
+    if given := [flag for flag in _given(args) if flag not in free]:
         raise UserError(
             f"--resume continues with the run's own settings; {', '.join(given)} would change them",
-            hint=f"only {', '.join(_WHERE)} may be given; to train on with other settings, start a new run with: "
-            "python cli.py train --init-adapter RUN",
+            hint=f"only {', '.join(_WHERE)}, and --set of {', '.join(FREE_ON_RESUME)}, may be given; to train on with "
+            "other settings, start a new run with: python cli.py train --init-adapter RUN",
         )
     folder = existing_run(args.resume or None)
     from core.workflow.train import resume
 
-    return resume(folder, flags=_flags(args), console=make_console())
+    return resume(folder, flags=_flags(args), assignments=args.assignments, console=make_console())
 
 
 def monitor(args: argparse.Namespace) -> int:

@@ -37,7 +37,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute type. `auto`: bfloat16 on an accelerator, float32 on a CPU."""
     cache_packed: bool = True
-    """Keep a mixture's 4-bit weights on disk once they are packed (CUDA), so that the next start packs nothing."""
+    """Keep 4-bit weights that were packed here (CUDA: a mixture's, or with layers left out) for the next start."""
     low_memory: bool = False
     """Keep only the layers with adapters on the device: the frozen ones below are read one by one to fill the prefix
     store, and not again. Needs `lora.frozen_fraction`."""
@@ -243,6 +243,16 @@ class RunConfig(Section):
         if self.schedule.min_lr > self.optim.lr:
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}")
         return self
+
+
+FREE_ON_RESUME = (
+    "model.cache_packed",
+    "model.low_memory",
+    "model.stream_layers",
+    "train.prefix_store",
+    "train.prefix_store_gb",
+)
+"""Settings that change where things are kept and no result: a run may go on with others."""
 
 
 def residence(config: RunConfig) -> list[str]:

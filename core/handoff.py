@@ -19,7 +19,7 @@ from core.adapter import LORA_B, Adapter
 from core.adapter_files import read_saved
 from core.protocols import IGNORE, Batch, FloatArray, IntArray, Learner, Replay, RowLosses, TrainState
 
-NUM_BATCHES = 4
+NUM_BATCHES = 2
 TOLERANCE = 1e-3
 """Largest difference of a row's mean loss, in nats, that counts as the same adapter on the same base."""
 

@@ -37,6 +37,8 @@ NOT_ASKED = "not asked for"
 FORCED: dict[str, Any] = {
     "model.bits": 16,
     "model.dtype": "float32",
+    "model.low_memory": False,
+    "model.stream_layers": False,
     "lora.dropout": 0.0,
     "optim.state_bits": 32,
     "optim.paged": False,

@@ -408,13 +408,15 @@ class Session:
             half = train.batch_size // 2
             accumulation = train.accumulation * train.batch_size // half
             return f"same training in less memory: --batch-size {half} --accumulation {accumulation}"
-        if train.gradient_checkpointing is not True:
+        streams = self._config.model.stream_layers
+        if train.gradient_checkpointing is not True and not streams:
             return "same training in less memory: --set train.gradient_checkpointing=true"
         if self._config.model.bits == 16:
             return "hold the base in 4 bits: --bits 4"
-        if self._learner.num_prefix_layers and not self._config.model.low_memory:
+        may_leave_out = not streams and (train.prefix_store is not False or not self._learner.num_prefix_layers)
+        if may_leave_out and self._learner.num_prefix_layers and not self._config.model.low_memory:
             return "the same training without the frozen layers in memory: --set model.low_memory=true"
-        if not self._config.model.stream_layers and not trains_router(self._job.adapter.modules):
+        if may_leave_out and not trains_router(self._job.adapter.modules):
             return "the same training, a layer at a time (slower): --set model.stream_layers=true"
         return f"shorter rows: --max-tokens {max(self._job.data.longest_row // 2, 8)}"
 

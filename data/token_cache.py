@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def _read(entry: Path) -> Prepared | None:
     try:
         meta = _read_meta(entry / _META)
         rows = {split: _read_rows(entry, split, meta["sha256"]) for split in _SPLITS}
-        os.utime(entry / _META)  # the time of its last use
+        with suppress(OSError):  # somebody else's entry: good, though it can't be touched
+            os.utime(entry / _META)  # the time of its last use
         return Prepared(
             train=rows["train"],
             validation=rows["validation"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from backends.cuda.routers import RouterWatch
-from core.protocols import Prefix
+from core.protocols import Prefix, TokenArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +22,8 @@ CHUNK_BYTES = 1 << 29
 """States that wait on the device between one frozen layer and the next, when these are read one by one."""
 States = tuple[torch.Tensor, torch.Tensor | None]
 """Of a row: what enters the first layer with an adapter, [T, hidden]; of a mixture, `core.protocols.Prefix.routed`."""
+Send = Callable[[TokenArray], torch.Tensor]
+"""Token ids to int64 on the device."""
 
 
 class FrozenLayers:
@@ -31,11 +33,11 @@ class FrozenLayers:
         self._part = part_of(decoder, decoder.layers[:num_layers])
         self._routers = RouterWatch(self._part)
 
-    def run(self, rows: Sequence[torch.Tensor]) -> Iterator[States]:
-        """Of each row, token ids int64 [T] on the device, its states. In the caller's mode and compute type."""
+    def run(self, rows: Sequence[TokenArray], *, send: Send) -> Iterator[States]:
+        """Of each row, token ids [T], its states. In the caller's mode and compute type."""
         for row in rows:
             with self._routers.watching():
-                states = self._part(input_ids=row[None], use_cache=False).last_hidden_state[0]
+                states = self._part(input_ids=send(row[None]), use_cache=False).last_hidden_state[0]
             yield states, self._routers.routed() if self._routers else None
 
 
@@ -51,10 +53,10 @@ class AbsentLayers:
         self._base, self._decoder, self._pieces = base, whole.model, pieces
         self._empty = [copy.deepcopy(layer) for layer in whole.model.layers[:num_layers]]
 
-    def run(self, rows: Sequence[torch.Tensor]) -> Iterator[States]:
+    def run(self, rows: Sequence[TokenArray], *, send: Send) -> Iterator[States]:
         """As `FrozenLayers.run`, and to the same bits."""
         for chunk in self._chunks(rows):
-            states = [self._decoder.embed_tokens(row[None]) for row in chunk]
+            states = [self._decoder.embed_tokens(send(row[None])) for row in chunk]
             routed: list[list[torch.Tensor]] = [[] for _ in chunk]
             for number in range(len(self._empty)):
                 with self._loaded(number) as part:
@@ -80,7 +82,7 @@ class AbsentLayers:
         finally:
             layers[number] = without
 
-    def _chunks(self, rows: Sequence[torch.Tensor]) -> Iterator[Sequence[torch.Tensor]]:
+    def _chunks(self, rows: Sequence[TokenArray]) -> Iterator[Sequence[TokenArray]]:
         table = self._decoder.embed_tokens.weight
         num_bytes, start = 0, 0
         for index, row in enumerate(rows):

@@ -7,6 +7,7 @@ import functools
 import gc
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -97,8 +98,8 @@ class CudaLearner:
     def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
         """One optimiser step over all `microbatches`; `step` counts from 1.
 
-        Nothing in here waits for the device, but that a mixture's layers ask how many tokens each expert has: the
-        outputs are device scalars.
+        Nothing in here waits for the device, but that a mixture's layers ask how many tokens each expert has, and that
+        streamed layers are copied to it: the outputs are device scalars.
 
         Raises:
             OutOfMemoryError: the step did not fit.
@@ -160,6 +161,8 @@ class CudaLearner:
         """As `_backward`, layer by layer; without a load-balancing loss, which `CudaBackend.check` sees to."""
         with self._autocast():
             states, kept = layers.run_to_train(self._entering(batch))
+        # not in the same context: casts that were made without a graph would be used again
+        with self._autocast():
             states.requires_grad_()
             objective, nll = summed_losses(
                 self._head, *self._gathered(batch, self._decoder.norm(states)), smoothing=self._optim.label_smoothing
@@ -236,7 +239,7 @@ class CudaLearner:
             pending = []
             for batch in batches:
                 losses, expert_tokens = self._nll(batch)
-                pending.append((batch, losses))
+                pending.append((replace(batch, prefix=None), losses))  # or the whole store would be in memory
                 if expert_tokens is not None:
                     counts_so_far = expert_tokens if counts_so_far is None else counts_so_far + expert_tokens
             # device-to-host synchronisation: once, here
@@ -255,9 +258,12 @@ class CudaLearner:
         Raises:
             OutOfMemoryError: a batch did not fit.
         """
-        some = [batch for batch in batches if batch.num_targets]
+        some, pending = [], []
         with self.evaluating():
-            pending = [self._replay(batch) for batch in some]
+            for batch in batches:
+                if batch.num_targets:
+                    pending.append(self._replay(batch))
+                    some.append(replace(batch, prefix=None))
             found = [(nll.cpu().numpy(), greedy.cpu().numpy()) for nll, greedy in pending]
         return Replay.gather(some, [nll for nll, _ in found], [greedy for _, greedy in found])
 
@@ -278,7 +284,7 @@ class CudaLearner:
         """
         before: States | None = None
         longest = max(map(len, rows), default=0)
-        computing = self._frozen.run([self._send(row) for row in rows])
+        computing = self._frozen.run(rows, send=self._send)
         while True:
             computed = within_memory(
                 functools.partial(self._next_below, computing),
@@ -298,13 +304,14 @@ class CudaLearner:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Within it: no dropout, no gradients, the compute type. After it: training mode."""
+        """Within it: no dropout, no gradients, the compute type. After it: the mode before."""
+        was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), self._autocast():
                 yield
         finally:
-            self.model.train()
+            self.model.train(was_training)
 
     def _nll(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """On the device: the cross-entropy of each target, float32 [N], in row order, and of a mixture the tokens that

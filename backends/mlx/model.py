@@ -95,7 +95,7 @@ def load_base(
     _check_quantization(model.name, raw, bits)
     settings = _mlx_settings(model.name, raw, architecture)
 
-    def read() -> tuple[nn.Module, dict[str, Any], int]:
+    def read(*, again: bool = False) -> tuple[nn.Module, dict[str, Any], int]:
         """The model as it is to be, but lazily; what mlx-lm reads of its settings; its parameters."""
         module, found = _read_weights(model, folder, settings, trust_remote_code)
         if architecture.model_type == "mixtral" and settings["rope_scaling"]:
@@ -103,7 +103,7 @@ def load_base(
         num_parameters = int(get_total_parameters(module))
         module.set_dtype(dtype)
         if bits == 4 and architecture.mlx_bits is None:
-            _quantize(module)
+            _quantize(module, say=not again)
         module.freeze()
         module.eval()
         return module, found, num_parameters
@@ -120,7 +120,7 @@ def load_base(
         num_parameters=num_parameters,
         end_tokens=_end_tokens(found.get("eos_token_id")),
         weights=_describe_weights(architecture, bits, dtype),
-        read_again=(lambda: read()[0]) if num_absent or stream else None,
+        read_again=(lambda: read(again=True)[0]) if num_absent or stream else None,
         streams=stream,
     )
 
@@ -256,7 +256,7 @@ def _scale_rope(module: nn.Module, architecture: Architecture, settings: dict[st
         )
 
 
-def _quantize(module: nn.Module) -> None:
+def _quantize(module: nn.Module, *, say: bool) -> None:
     left: list[str] = []
 
     def fits(path: str, leaf: nn.Module) -> bool:
@@ -268,7 +268,7 @@ def _quantize(module: nn.Module) -> None:
         return True
 
     nn.quantize(module, group_size=GROUP_SIZE, bits=4, class_predicate=fits)
-    if left:
+    if left and say:
         logger.warning(
             "model.bits 4: %d modules stay in 16 bits, their input width is not a multiple of %d: %s",
             len(left),
@@ -470,6 +470,7 @@ class Network:
         else:
             hidden, numbers = self._embedded(tokens), range(len(model.layers))
         if self._base.streams:
+            assert cache is None and keys is None, "streamed layers neither generate nor train this way"
             hidden, routed = self._run_streamed(numbers, hidden, parameters, is_token=is_token)
         else:
             hidden, routed = self._run(

@@ -15,7 +15,7 @@ from core.protocols import TrainState
 from core.run import ADAPTERS, CONFIG
 from core.screen import logging_to
 from core.settings import load_config
-from core.workflow.job import find_backend, find_model
+from core.workflow.job import find_backend, find_model, with_all_layers
 from data.prompt import decode, render_prompt
 from data.tokenize import load_tokenizer
 
@@ -27,7 +27,7 @@ def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> i
         UserError: the run has no adapter yet, or its model can't be loaded.
     """
     with logging_to(console):
-        config = load_config(folder / CONFIG)
+        config = with_all_layers(load_config(folder / CONFIG))
         if not all((folder / ADAPTERS / name).is_file() for name in (PEFT_WEIGHTS, MLX_WEIGHTS)):
             raise UserError(
                 f"{folder}: no adapter yet",

@@ -15,7 +15,7 @@ from core.adapter import Adapter, plan_adapter, trains_router
 from core.adapter_files import find_adapter
 from core.architecture import Architecture, read_architecture
 from core.census import census, refuse_wide
-from core.config import MoeConfig, RunConfig, to_plain
+from core.config import FREE_ON_RESUME, MoeConfig, RunConfig, to_plain
 from core.errors import UserError
 from core.init_adapter import other_base, read_init_adapter, read_kept
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
@@ -52,10 +52,9 @@ class Job:
             del bound[free]
         del bound["model"]["path"], bound["data"]["path"], bound["lora"]["init_adapter"]
         bound["model"]["revision"] = None  # like the path: where the model is
-        for free in ("cache_packed", "low_memory", "stream_layers"):
-            del bound["model"][free]
-        for free in ("prefix_store", "prefix_store_gb"):
-            del bound["train"][free]
+        for name in FREE_ON_RESUME:
+            section, field = name.split(".")
+            del bound[section][field]
         identity = {
             "model": model_fingerprint(self.model.path),
             "data": self.data.fingerprint,
@@ -166,6 +165,11 @@ def changed(config: RunConfig, **values: Any) -> RunConfig:
     return config.model_copy(update=values)
 
 
+def with_all_layers(config: RunConfig) -> RunConfig:
+    """For what is no training: nothing is stored there that could stand for layers left out of memory."""
+    return changed(config, model=config.model.model_copy(update={"low_memory": False, "stream_layers": False}))
+
+
 def _refuse_memory_settings(config: RunConfig, adapter: Adapter) -> None:
     """Raises: UserError: layers are to be left out of memory that every step needs."""
     num_frozen, without_store = adapter.layers[0], config.train.prefix_store is False
@@ -175,11 +179,19 @@ def _refuse_memory_settings(config: RunConfig, adapter: Adapter) -> None:
                 f"model.{name} needs the prefix store, and train.prefix_store is false",
                 hint="leave train.prefix_store at auto",
             )
-    if config.model.low_memory and num_frozen == 0:
+    left_out = config.model.low_memory or config.model.stream_layers
+    if left_out and num_frozen and config.model.trust_remote_code:
+        raise UserError(
+            "model.low_memory and model.stream_layers need the prefix store, which keeps nothing of remote code",
+            hint="leave model.trust_remote_code at false",
+        )
+    if config.model.low_memory and not config.model.stream_layers and num_frozen == 0:
+        stream = "stream them all: --set model.stream_layers=true"
         raise UserError(
             "model.low_memory: the first layer has an adapter, so every step needs every layer",
-            hint="freeze the first half (--set lora.frozen_fraction=0.5), or stream them all "
-            "(--set model.stream_layers=true)",
+            hint=stream
+            if config.lora.init_adapter is not None
+            else f"freeze the first half (--set lora.frozen_fraction=0.5), or {stream}",
         )
     if config.model.stream_layers and trains_router(adapter.modules):
         raise UserError(
@@ -201,6 +213,10 @@ def _warnings(config: RunConfig, architecture: Architecture, adapter: Adapter) -
             f"data.max_tokens {config.data.max_tokens} is more than the "
             f"{architecture.max_positions} positions this model was made for"
         )
+    if config.model.stream_layers and config.model.low_memory:
+        yield "model.low_memory has no effect with model.stream_layers true, which leaves more out"
+    if config.model.stream_layers and config.train.gradient_checkpointing is True:
+        yield "train.gradient_checkpointing has no effect with model.stream_layers true, which recomputes each layer"
     if config.train.prefix_store is True and adapter.layers[0] == 0:
         yield "train.prefix_store true has no effect: the first layer has an adapter"
     schedule = config.schedule

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import backends
 from core.config import RunConfig
 from core.errors import UserError
 from core.models.fingerprint import model_fingerprint
 from core.models.wheel import cache_folder
 from core.prefix import PAYS_FROM, PrefixedLearner, PrefixPlan, PrefixReport, plan_prefixes
 from core.prefix_store import PrefixStore
-from core.protocols import Learner
+from core.protocols import Learner, TokenArray
 from core.workflow.job import Job
 
 _log = logging.getLogger("twinkeel")
-FORMAT = 1
+_AIR = 1.1
+"""The disk must have more room than the new rows need by this factor."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,6 +54,8 @@ def with_prefixes(job: Job, learner: Learner, *, console: Console) -> Prepared:
         cache_folder() / "prefix", _key(job, num_layers), max_bytes=int(config.train.prefix_store_gb * 1e9)
     )
     missing = [plan.rows[index] for index in store.find(plan.rows)]
+    if not _disk_has_room(job, missing):
+        return Prepared(learner, None)
     if missing:
         _log.info("prefix store: %d of %d rows through the frozen layers, once", len(missing), len(plan.rows))
     with _progress(console) as progress:
@@ -67,15 +75,16 @@ def with_prefixes(job: Job, learner: Learner, *, console: Console) -> Prepared:
 
 
 def _wanted(config: RunConfig, num_layers: int) -> bool:
-    return num_layers > 0 and config.train.prefix_store is not False
+    # code from the model folder may change without a trace in the key
+    return num_layers > 0 and config.train.prefix_store is not False and not config.model.trust_remote_code
 
 
 def _fits_and_pays(job: Job, plan: PrefixPlan, num_layers: int) -> bool:
     config = job.config
-    must = config.train.prefix_store is True or config.model.low_memory or config.model.stream_layers
+    must = _must(config)
     if not must and plan.spared < PAYS_FROM:
         return False
-    num_bytes = plan.num_positions * job.architecture.hidden_size * _BYTES[_dtype(job)]
+    num_bytes = _num_bytes(job, plan.rows)
     if num_bytes <= config.train.prefix_store_gb * 1e9:
         return True
     problem = (
@@ -88,12 +97,38 @@ def _fits_and_pays(job: Job, plan: PrefixPlan, num_layers: int) -> bool:
     return False
 
 
+def _must(config: RunConfig) -> bool:
+    return config.train.prefix_store is True or config.model.low_memory or config.model.stream_layers
+
+
+def _num_bytes(job: Job, rows: Sequence[TokenArray]) -> int:
+    return sum(map(len, rows)) * job.architecture.hidden_size * _BYTES[_dtype(job)]
+
+
+def _disk_has_room(job: Job, rows: Sequence[TokenArray]) -> bool:
+    """Whether the rows fit; a disk that nobody can ask is left to the store, which then keeps rows in memory."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return True
+    needed = _AIR * _num_bytes(job, rows)
+    if needed <= free or not rows:
+        return True
+    problem = f"the prefix store needs {needed / 1e9:.1f} GB in {folder}, and the disk has {free / 1e9:.1f}"
+    if _must(job.config):
+        raise UserError(problem, hint="make room, or set TWINKEEL_CACHE to a folder on a larger disk")
+    _log.info("%s: the frozen layers are computed every time", problem)
+    return False
+
+
 def _key(job: Job, num_layers: int) -> dict[str, str]:
     """What a row's states depend on, apart from its tokens."""
     files = sorted(job.model.path.glob("*.safetensors"))
     packages = job.device.packages
     return {
-        "format": str(FORMAT),
+        "code": code_fingerprint(job.config.backend),
         "model": model_fingerprint(job.model.path),
         # the fingerprint does not see a change within a file
         "changed": " ".join(str(path.stat().st_mtime_ns) for path in files),
@@ -104,6 +139,15 @@ def _key(job: Job, num_layers: int) -> dict[str, str]:
         "dtype": _dtype(job),
         "layers": str(num_layers),
     }
+
+
+def code_fingerprint(backend: str) -> str:
+    """SHA-256 of the backend's own source: what another version makes of a row may be another thing."""
+    folder = Path(backends.__file__).parent / backend
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _dtype(job: Job) -> str:

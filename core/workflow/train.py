@@ -7,7 +7,7 @@ mistake leaves nothing behind.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,17 @@ def train(settings: Settings, *, console: Console) -> int:
                 return Session(job, prepared.learner, folder, console=console, prefix=prepared.report).begin()
 
 
-def resume(folder: Path, *, flags: Mapping[str, tuple[str, Any]] | None = None, console: Console) -> int:
+def resume(
+    folder: Path,
+    *,
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+    assignments: Sequence[str] = (),
+    console: Console,
+) -> int:
     """Continues a run from its newest good checkpoint, as if it had never stopped. Returns the exit code.
 
     Args:
-        flags: as of `core.settings.resolve`: where things are now.
+        flags, assignments: as of `core.settings.resolve`: where things are now, and `core.config.FREE_ON_RESUME`.
 
     Raises:
         UserError: the run is complete, another process trains in it, or its model, data or settings have changed.
@@ -65,16 +71,16 @@ def resume(folder: Path, *, flags: Mapping[str, tuple[str, Any]] | None = None, 
                 f"python cli.py train --init-adapter {folder}",
             )
         with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
-            job = prepare(_config_here(folder, flags or {}), choose_bits=False, init_adapter=folder / COPY)
+            job = prepare(_config_here(folder, flags or {}, assignments), choose_bits=False, init_adapter=folder / COPY)
             with opened(job) as learner:
                 prepared = with_prefixes(job, learner, console=console)
                 return Session(job, prepared.learner, folder, console=console, prefix=prepared.report).resume()
 
 
-def _config_here(folder: Path, flags: Mapping[str, tuple[str, Any]]) -> RunConfig:
+def _config_here(folder: Path, flags: Mapping[str, tuple[str, Any]], assignments: Sequence[str]) -> RunConfig:
     """The run's settings, with what was typed, for a backend that is there."""
     written = load_config(folder / CONFIG)
-    config = resolve(files=[folder / CONFIG], flags=flags).config
+    config = resolve(files=[folder / CONFIG], assignments=assignments, flags=flags).config
     if "model.path" in flags:  # another model folder has no commit of the one before
         config = changed(config, model=config.model.model_copy(update={"revision": None}))
     config, notes = choose_backend(

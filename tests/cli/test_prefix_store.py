@@ -67,7 +67,9 @@ def test_without_the_store_the_losses_are_the_same(half: Train, tmp_path: Path) 
 
 @pytest.mark.parametrize("setting", ["model.low_memory", "model.stream_layers"])
 @pytest.mark.parametrize("bits", [16, 4])
-def test_layers_left_out_of_memory_change_no_bit(half: Train, tmp_path: Path, setting: str, bits: int) -> None:
+def test_layers_left_out_of_memory_change_no_bit(
+    half: Train, run_cli: Train, tmp_path: Path, setting: str, bits: int
+) -> None:
     assert half("--bits", bits).code == 0
     result = half("--bits", bits, "--output", "small", "--set", f"{setting}=true")
     assert result.code == 0, result.err
@@ -78,6 +80,8 @@ def test_layers_left_out_of_memory_change_no_bit(half: Train, tmp_path: Path, se
     ends = [json.loads((tmp_path / run / "training_summary.json").read_text())["weights"] for run in ("run", "small")]
     whole, small = (sum(kind["bytes"] for kind in weights) for weights in ends)
     assert (small < whole) if setting == "model.low_memory" else small <= whole
+    said = run_cli("generate", "small", "--prompt", "Say red", "--max-tokens", 4)  # with all layers
+    assert said.code == 0 and "adapter" in said.out
 
 
 def test_a_damaged_segment_is_computed_again(half: Train, tmp_path: Path) -> None:
@@ -101,8 +105,10 @@ def test_a_resumed_run_computes_an_evicted_store_to_the_same_bits(half: Train, r
     state = tmp_path / "run" / "training_state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"status": "running"}))  # as after a SIGKILL
     shutil.rmtree(tmp_path / "cache" / "prefix")
-    resumed = run_cli("train", "--resume", "run")
-    assert resumed.code == 0 and "24 of 24 rows" in resumed.out, resumed
+    other = run_cli("train", "--resume", "run", "--set", "optim.lr=1")
+    assert other.code == 2 and "--set would change them" in other.err
+    resumed = run_cli("train", "--resume", "run", "--set", "model.low_memory=true")  # what changes no result may change
+    assert resumed.code == 0 and "24 of 24 rows" in resumed.out and "frozen layers left out" in resumed.out, resumed
     assert losses(tmp_path / "run") == whole
 
 
@@ -117,6 +123,17 @@ def test_other_weights_find_no_rows(half: Train, model: Path, tmp_path: Path) ->
     assert half().code == 0 and half("--model", other, "--output", "second").code == 0
     found = report(tmp_path / "second")
     assert found is not None and found["computed_rows"] == 24
+
+
+def test_a_disk_without_room_is_left_alone(half: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil as disk
+
+    full = type(disk.disk_usage(tmp_path))(10**9, 10**9, 0)
+    monkeypatch.setattr("core.workflow.prefix.shutil.disk_usage", lambda folder: full)
+    result = half()
+    assert result.code == 0 and "the disk has 0.0: the frozen layers are computed every time" in result.out
+    refused = half("--output", "must", "--set", "model.low_memory=true")
+    assert refused.code == 2 and "TWINKEEL_CACHE" in refused.err
 
 
 def test_what_does_not_fit_is_not_kept(half: Train, tmp_path: Path) -> None:
@@ -142,6 +159,7 @@ def test_a_smaller_limit_makes_room_for_what_this_run_needs(half: Train, tmp_pat
         (["model.low_memory=true", "lora.frozen_fraction=0"], "model.low_memory: the first layer has an adapter"),
         (["model.low_memory=true", "train.prefix_store=false"], "model.low_memory needs the prefix store"),
         (["model.stream_layers=true", "train.prefix_store=false"], "model.stream_layers needs the prefix store"),
+        (["model.low_memory=true", "model.trust_remote_code=true"], "keeps nothing of remote code"),
         (["model.low_memory=true", "train.prefix_store_gb=1e-6"], "the prefix store would take"),
         (["train.prefix_store=true", "train.prefix_store_gb=1e-6"], "the prefix store would take"),
     ],
