@@ -19,7 +19,7 @@ from core.adapter import LORA_B, Adapter
 from core.adapter_files import read_saved
 from core.protocols import IGNORE, Batch, FloatArray, IntArray, Learner, Replay, RowLosses, TrainState
 
-NUM_BATCHES = 2
+NUM_BATCHES = 4
 TOLERANCE = 1e-3
 """Largest difference of a row's mean loss, in nats, that counts as the same adapter on the same base."""
 
@@ -97,6 +97,7 @@ def check_saved(
     learner: Learner,
     batches: Sequence[Batch],
     trained: RowLosses | None = None,
+    base: RowLosses | None = None,
 ) -> HandoffReport:
     """Loads the saved adapter into `learner` and replays the first batches of the validation split.
 
@@ -104,27 +105,40 @@ def check_saved(
         adapter: the adapter that was saved.
         trained: validation losses as measured in training, at the step that `adapter` is of; where given, they are
             what the rows' losses are compared with.
+        base: the base model's, as measured here; with both known, the saved adapter alone is run.
     """
+    if trained is not None and base is not None:
+        report = check_rows(learner, read_saved(folder, adapter), batches, trained, base=base)
+        return replace(report, has_effect=not adapter.does_nothing)
     some = list(islice(batches, NUM_BATCHES))
     source = replay_with(learner, adapter, some)
-    base = replay_with(learner, without_effect(adapter), some)
+    plain = replay_with(learner, without_effect(adapter), some)
     target = replay_with(learner, read_saved(folder, adapter), some)
-    report = compare_ends(source, target, base=base)
+    report = compare_ends(source, target, base=plain)
     if trained is None:
         return report
     drift = _largest(target.row_means - _means_of(trained, target))
     return replace(report, max_difference=max(report.max_difference, drift))
 
 
-def check_rows(learner: Learner, adapter: Adapter, batches: Sequence[Batch], measured: RowLosses) -> HandoffReport:
+def check_rows(
+    learner: Learner,
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    measured: RowLosses,
+    *,
+    base: RowLosses | None = None,
+) -> HandoffReport:
     """Puts the adapter into `learner` and holds the first rows of `batches` against what was measured of them before.
 
     Args:
         measured: losses of every row of `batches`, as measured elsewhere with the same adapter.
+        base: the base model's here; measured if it is not known.
     """
     some = list(islice(batches, NUM_BATCHES))
-    base = _losses_with(learner, without_effect(adapter), some)
+    before = _losses_with(learner, without_effect(adapter), some) if base is None else base
     here = _losses_with(learner, adapter, some)
+    before = _rows_of(before, here.row_ids)
     there = _rows_of(measured, here.row_ids)
     assert np.array_equal(there.num_targets, here.num_targets), "the ends saw other targets"
     return HandoffReport(
@@ -133,7 +147,7 @@ def check_rows(learner: Learner, adapter: Adapter, batches: Sequence[Batch], mea
         source_loss=there.mean,
         target_loss=here.mean,
         max_difference=_largest((here.nll - there.nll) / here.num_targets),
-        max_effect=_largest((here.nll - base.nll) / here.num_targets),
+        max_effect=_largest((here.nll - before.nll) / here.num_targets),
         has_effect=not adapter.does_nothing,
     )
 

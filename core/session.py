@@ -18,7 +18,7 @@ from core.adapter_files import write_adapter
 from core.architecture import ROUTER
 from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import Checkpoint, Checkpointer
-from core.config import RunConfig, to_plain
+from core.config import BASE_MODEL, RunConfig, to_plain
 from core.errors import OutOfMemoryError, UserError
 from core.expert_plot import write_expert_plot
 from core.files import write_atomic
@@ -39,7 +39,7 @@ from core.moves import (
 )
 from core.plots import write_training_curves
 from core.prefix import PrefixReport
-from core.protocols import Learner, Tensors
+from core.protocols import Learner, RowLosses, Tensors
 from core.remeasure import remeasure
 from core.row_losses import read_row_losses
 from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_summary
@@ -235,9 +235,17 @@ class Session:
             learner=self._learner,
             batches=self._job.data.validation,
             trained=None if measured is None else measured[0],
+            base=self._base_losses(),
         )
         if (problem := report.problem()) is not None:
             _log.warning("%s: %s", self._folder / ADAPTERS, problem)
+
+    def _base_losses(self) -> RowLosses | None:
+        """Validation losses of the base model, if the run began with it, here."""
+        if self._config.start != BASE_MODEL or not self._arrival.is_measured_here(0):
+            return None
+        measured = read_row_losses(self._folder, 0)
+        return None if measured is None else measured[0]
 
     def _write_adapters(self, tensors: Tensors) -> Adapter:
         adapter = self._job.adapter.with_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,29 @@ def test_only_the_first_batches_are_replayed(setting: Setting) -> None:
     setting.learner.replay = watched  # type: ignore[method-assign]
     setting.check()
     assert seen == [NUM_BATCHES] * 3  # as trained, as saved, and the base
+
+
+def test_what_was_measured_before_is_not_measured_again(setting: Setting) -> None:
+    """With the losses of training and of the base model known, the saved adapter alone is run."""
+    setting.learner.import_state(TrainState(without_effect(setting.adapter).tensors, {}))
+    base = setting.learner.evaluate(setting.batches)
+    known: dict[str, Any] = {"learner": setting.learner, "batches": setting.batches, "trained": setting.trained}
+    runs: list[int] = []
+    evaluate = setting.learner.evaluate
+
+    def watched(batches: Iterable[Batch]) -> RowLosses:
+        chosen = list(batches)
+        runs.append(len(chosen))
+        return evaluate(chosen)
+
+    setting.learner.evaluate = watched  # type: ignore[method-assign]
+    report = check_saved(setting.folder, setting.adapter, **known, base=base)
+    assert runs == [NUM_BATCHES]
+    assert report.problem() is None and report.max_effect > 0.1
+    zeros = {n: t * 0 if n.endswith("lora_B") else t for n, t in setting.adapter.tensors.items()}
+    write_adapter(setting.folder, setting.adapter.with_tensors(zeros), base_model="base")
+    lost = check_saved(setting.folder, setting.adapter, **known, base=base)
+    assert lost.problem() == "the adapter does not change the output of the base model"
 
 
 def test_an_adapter_that_does_nothing_is_found(setting: Setting) -> None:
