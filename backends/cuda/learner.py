@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,10 @@ from core.seeding import step_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+ROWS_IN_FLIGHT = 16
+"""Rows whose states wait on the device to be read, while the prefix store is filled."""
 
 
 class CudaLearner:
@@ -282,25 +287,20 @@ class CudaLearner:
         Raises:
             OutOfMemoryError: a row did not fit.
         """
-        before: States | None = None
         longest = max(map(len, rows), default=0)
         computing = self._frozen.run(rows, send=self._send)
-        while True:
-            computed = within_memory(
-                functools.partial(self._next_below, computing),
-                device=self.device,
-                doing=f"in the frozen layers with up to {longest} tokens at a time",
-            )
-            # read one row behind, so that the device computes while the host copies and writes
-            if before is not None:
-                yield to_prefix(*before)
-            if computed is None:
-                return
-            before = computed
+        while computed := within_memory(
+            functools.partial(self._next_below, computing),
+            device=self.device,
+            doing=f"in the frozen layers with up to {longest} tokens at a time",
+        ):
+            for states in computed:
+                yield to_prefix(*states)
 
-    def _next_below(self, computing: Iterator[States]) -> States | None:
+    def _next_below(self, computing: Iterator[States]) -> list[States]:
+        """Some rows at a time: to go into evaluation and back takes longer than a short row."""
         with self.evaluating():
-            return next(computing, None)
+            return list(itertools.islice(computing, ROWS_IN_FLIGHT))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
