@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,20 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results"
+
+PACKAGES = (
+    "mlx",
+    "mlx-lm",
+    "mkl",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "liger-kernel",
+)
+"""Whose versions stand in a file of results."""
 
 LR, MAX_GRAD_NORM, BETAS = 1e-4, 1.0, (0.9, 0.999)
 WARM_UP = 3
@@ -292,12 +306,12 @@ def machine(device: str) -> Result:
     }
 
 
-def facts(backend: str, device: str, *, packages: Iterable[str]) -> Result:
-    """Date, device as a backend names it, versions of those packages that are installed."""
+def facts(backend: str, device: str, *, script: str, arguments: Sequence[str] | None) -> Result:
+    """Date, device as a backend names it, versions of what is installed, and what was typed; None: `sys.argv`."""
     import backends
 
     versions = {}
-    for package in packages:
+    for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -307,6 +321,7 @@ def facts(backend: str, device: str, *, packages: Iterable[str]) -> Result:
         "device": backends.get(backend).probe(device).device,
         "python": sys.version.split()[0],
         "versions": versions,
+        "command": command_line(script, sys.argv[1:] if arguments is None else arguments),
     }
 
 

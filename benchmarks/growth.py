@@ -35,7 +35,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import (  # noqa: E402
     RESULTS,
     Result,
-    command_line,
     facts,
     in_new_process,
     save_part,
@@ -44,7 +43,6 @@ from benchmarks.common import (  # noqa: E402
 from benchmarks.watched import GUARD_OFF, watched_train  # noqa: E402
 
 RESULT = RESULTS / "growth.json"
-PACKAGES = ("mlx", "mlx-lm", "mkl", "torch", "transformers", "peft")
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -110,16 +108,18 @@ def points_of(base: Point, axis: str) -> list[Point]:
 # --- a point's model and rows -----------------------------------------------------------------------------------------
 
 
-def write_point(folder: Path, point: Point, *, device: str) -> None:
+def write_point(folder: Path, point: Point, *, device: str, shape: Mapping[str, Any] = SHAPE) -> int:
+    """A model and its rows; returns the bytes of its weights."""
     from tests.tiny import make_tokenizer
 
     model = folder / "model"
     model.mkdir(parents=True)
-    write_model(model, SHAPE, layers=point.layers, device=device)
+    num_bytes = write_model(model, shape, layers=point.layers, device=device)
     make_tokenizer(model)
     rows = random_rows(point.rows + num_validation_rows(point.rows), tokens=point.tokens)
     for name, some in (("train", rows[: point.rows]), ("valid", rows[point.rows :])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return num_bytes
 
 
 def num_validation_rows(rows: int) -> int:
@@ -318,13 +318,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(take_turn(Turn(**json.loads(args.turn[1])))))
         return
     base = Point(args.rows, args.tokens, args.layers)
-    command = command_line("growth.py", sys.argv[1:] if arguments is None else arguments)
     reports: dict[str, Result] = {}
     for backend in ("mlx", "cuda") if args.backend == "both" else (args.backend,):
-        about = facts(backend, args.device, packages=PACKAGES)
+        about = facts(backend, args.device, script="growth.py", arguments=arguments)
         print(f"{backend}, {about['device']}\n{HEAD}", flush=True)
         found = measure(backend, args.device, base=base)
-        reports[backend] = about | {"command": command, "points": found, "slopes": slopes(found, base)}
+        reports[backend] = about | {"points": found, "slopes": slopes(found, base)}
         for one in reports[backend]["slopes"]:
             factor = AXES[one["axis"]][-1]
             print(row_of(f"slope: {one['axis']} x{factor}", one))

@@ -61,7 +61,6 @@ from benchmarks.common import (  # noqa: E402
     RESULTS,
     Result,
     alternate,
-    command_line,
     facts,
     in_new_process,
     medians,
@@ -86,18 +85,6 @@ MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = ROOT / "data/samples/expert.jsonl"
 PEERS = {"mlx": "mlx_lm.lora", "cuda": "trl"}
 NEEDED = {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "peft", "trl")}
-PACKAGES = (
-    "mlx",
-    "mlx-lm",
-    "mkl",
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "accelerate",
-    "bitsandbytes",
-    "liger-kernel",
-)
 WARM = ", warm"
 """Of a tool's name: it finds what its first run left in the cache."""
 GOALS = {"nothing": {"seconds_per_step": 1.3, "run_seconds": 1.3}, "half": {"run_seconds": 2.5}}
@@ -358,13 +345,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.turn:
         print(json.dumps(take_turn(args.turn[0], json.loads(args.turn[1]))))
         return
-    command = command_line("peers.py", sys.argv[1:] if arguments is None else arguments)
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         common = first_turn(args, find_model(args, scratch), scratch / "data")
         write_rows(args, scratch / "data")
         for backend in args.backends:
-            about = facts(backend, args.device, packages=PACKAGES) | {"command": command}
+            about = facts(backend, args.device, script="peers.py", arguments=arguments)
             for frozen in args.frozen_parts:
                 report = measure(args, backend, frozen, common, scratch)
                 print(table(title_of(args, report, about["device"]), report))

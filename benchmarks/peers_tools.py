@@ -190,7 +190,7 @@ def load_like_ours(load: Callable[..., Any], turn: Turn, path: str, **kwargs: An
     import mlx.core as mx
     import mlx.nn as nn
 
-    from backends.mlx.model import GROUP_SIZE, mlx_settings
+    from backends.mlx.loading import GROUP_SIZE, mlx_settings
 
     model, tokenizer = load(path, model_config=mlx_settings(Path(path)), **kwargs)
     model.set_dtype(mx.bfloat16 if turn.on_gpu else mx.float32)

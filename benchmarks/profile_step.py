@@ -41,7 +41,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.common import (  # noqa: E402
     RESULTS,
     Result,
-    command_line,
     facts,
     in_new_process,
     model_folder,
@@ -53,7 +52,6 @@ from benchmarks.watched import GUARD_OFF, watched_train  # noqa: E402
 
 RESULT = RESULTS / "profile.json"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PACKAGES = ("mlx", "mlx-lm", "mkl", "torch", "transformers", "peft")
 RANK, BATCH_SIZE, LR = 8, 4, 1e-4
 SETUPS: dict[str, dict[str, Any]] = {
     "nothing frozen": {"frozen": 0.0, "stored": False},
@@ -358,9 +356,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.turn:
         print(json.dumps(take_turn(Turn(**json.loads(args.turn[1])))))
         return
-    command = command_line("profile_step.py", sys.argv[1:] if arguments is None else arguments)
     for backend in ("mlx", "cuda") if args.backend == "both" else (args.backend,):
-        about = facts(backend, args.device, packages=PACKAGES) | {"command": command}
+        about = facts(backend, args.device, script="profile_step.py", arguments=arguments)
         with tempfile.TemporaryDirectory() as name:
             data = Path(name) / "rows.jsonl"
             lines = args.data.read_text(encoding="utf-8").splitlines(keepends=True)

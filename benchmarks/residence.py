@@ -26,11 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import RESULTS, Result, command_line, facts, in_new_process, save_part, write_model  # noqa: E402
+from benchmarks.common import RESULTS, Result, facts, in_new_process, save_part  # noqa: E402
 from core.protocols import Weight  # noqa: E402
 
 RESULT = RESULTS / "residence.json"
-PACKAGES = ("mlx", "mlx-lm", "mkl", "torch", "transformers", "peft", "bitsandbytes")
 SHAPE: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 1024,
@@ -141,18 +140,11 @@ def take_turn(turn: Result) -> Result:
 
 
 def measure(backend: str, device: str, *, bits: int, layers: int | None) -> Result:
-    from benchmarks.growth import Point, random_rows
-    from tests.tiny import make_tokenizer
+    from benchmarks.growth import Point, write_point
 
     point = Point(rows=8, tokens=64, layers=layers or SHAPE["num_hidden_layers"])
     with tempfile.TemporaryDirectory() as name:
-        model = Path(name) / "model"
-        model.mkdir()
-        num_bytes = write_model(model, SHAPE, layers=point.layers, device=device)
-        make_tokenizer(model)
-        rows = random_rows(point.rows + 4, tokens=point.tokens)
-        for split, some in (("train", rows[: point.rows]), ("valid", rows[point.rows :])):
-            (Path(name) / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        num_bytes = write_point(Path(name), point, device=device, shape=SHAPE)
         found: Result = {}
         for setting in SETTINGS:
             turn = {"folder": name, "backend": backend, "device": device, "bits": bits, "setting": setting}
@@ -180,11 +172,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.census:
         show_census()
         return
-    command = command_line("residence.py", sys.argv[1:] if arguments is None else arguments)
-    about = facts(args.backend, args.device, packages=PACKAGES)
+    about = facts(args.backend, args.device, script="residence.py", arguments=arguments)
     print(f"{args.backend}, {args.bits} bits, {about['device']}")
     found = measure(args.backend, args.device, bits=args.bits, layers=args.layers)
-    save_part(args.output, f"{args.backend} {args.bits} bits", {**about, "command": command, **found})
+    save_part(args.output, f"{args.backend} {args.bits} bits", {**about, **found})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from core.config import BASE_MODEL
 
 STEADY = 0.05
-"""A difference that had this part of its size by half of the way has grown since the start, and not of rounding."""
+"""A difference that had this part of its size by half of the way has grown since the start, and not of rounding.
+
+An update that differs by a constant part moves the loss with the square of the steps, with the fourth power under a
+warm-up: 1/16 of it is there by half of the way. Rounding that a steep loss magnifies grows tenfold every few steps."""
 JUMP = 10.0
 """One that is more than so many times the largest before came with its step."""
 

@@ -19,7 +19,7 @@ pytest.importorskip("bitsandbytes")
 from backends.cuda.experts import IMPLEMENTATION  # noqa: E402
 from backends.cuda.learner import weights_of  # noqa: E402
 from backends.cuda.model import ATTENTION  # noqa: E402
-from backends.cuda.streaming import empty_model, load_packed, planned_weights  # noqa: E402
+from backends.cuda.streaming import empty_model, load_in_pieces, planned_weights  # noqa: E402
 from benchmarks.common import make_batches, usual_load_options  # noqa: E402
 from benchmarks.mixtral import SHAPES  # noqa: E402
 from benchmarks.mixtral_census import naive_weights, shape_without_weights, table  # noqa: E402
@@ -61,7 +61,7 @@ def test_mixtral_8x7b_in_4_bits_and_as_it_is_loaded_naively() -> None:
 def test_what_was_planned_is_what_is_loaded(mixtral: Path) -> None:
     base = empty_model(mixtral, PACKED, dtype=torch.float32, attention=ATTENTION)
     planned = by_name(planned_weights(base))
-    loaded = load_packed(
+    loaded, _ = load_in_pieces(
         resolved(mixtral), PACKED, device=torch.device("cpu"), dtype=torch.float32, attention=ATTENTION
     )
     found = by_name(list(weights_of(loaded, {})))
@@ -88,14 +88,14 @@ def test_matrices_from_elsewhere_than_the_folder(mixtral: Path) -> None:
     """Random ones, the same each time, and norms of ones; what is held is of the same form."""
     source = RandomSource(torch.device("cpu"), torch.float32)
     models = [
-        load_packed(
+        load_in_pieces(
             resolved(mixtral),
             PACKED,
             device=torch.device("cpu"),
             dtype=torch.float32,
             attention=ATTENTION,
             source=one,
-        )
+        )[0]
         for one in (source, RandomSource(torch.device("cpu"), torch.float32), None)
     ]
     one, same, of_folder = (model.model.embed_tokens.weight for model in models)

@@ -25,6 +25,12 @@ NUM_LAYERS, RANK = 4, 4
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
+@pytest.fixture(params=["mlx", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    skip_without(request.param)
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "tiny", num_layers=NUM_LAYERS)
@@ -47,11 +53,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["mlx", "cuda"])
 def test_a_whole_run_beside_its_peer(
     backend: str, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    skip_without(backend)
     if not peers.has_packages([*peers.NEEDED[backend], *peers.NEEDED["cuda"][:2]]):
         pytest.skip(f"{peers.PEERS[backend]} is not installed")
     output, mine, peer = tmp_path / "peers.json", f"twinkeel {backend}", peers.PEERS[backend]
@@ -130,9 +134,7 @@ def test_the_command_is_noted_without_this_machines_folders() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["mlx", "cuda"])
 def test_growth_with_the_rows(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    skip_without(backend)
     monkeypatch.setattr(growth, "AXES", {"rows": (1, 3)})
     output = tmp_path / "growth.json"
     growth.main(["--backend", backend, "--rows", "4", "--tokens", "32", "--layers", "2", "--output", str(output)])
@@ -165,11 +167,9 @@ def test_slope_is_the_exponent() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["mlx", "cuda"])
 def test_profile_of_a_step(
     backend: str, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    skip_without(backend)
     output = tmp_path / "profile.json"
     profile_step.main(
         [

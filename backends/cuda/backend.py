@@ -165,18 +165,18 @@ def _open(
 ) -> Learner:
     from backends.cuda.halves import AbsentLayers
     from backends.cuda.learner import CudaLearner
-    from backends.cuda.model import enable_checkpointing, load_base, load_upper_base, put_adapter
+    from backends.cuda.model import enable_checkpointing, load_base, put_adapter
 
     dtype = compute_dtype(config.model.dtype, device)
+    stream, leaves_out = config.model.stream_layers, config.model.stream_layers or config.model.low_memory
+    num_left_out = initial.layers[0] if leaves_out else 0
+    base, pieces = load_base(
+        model, config.model, device=device, dtype=dtype, num_left_out=num_left_out, stream=stream, source=source
+    )
     absent: AbsentLayers | None = None
-    stream = config.model.stream_layers
-    if config.model.low_memory or stream:
-        base, pieces = load_upper_base(
-            model, config.model, device=device, dtype=dtype, num_below=initial.layers[0], stream=stream, source=source
-        )
-        absent = AbsentLayers(base, pieces, initial.layers[0])
-    else:
-        base = load_base(model, config.model, device=device, dtype=dtype, source=source)
+    if leaves_out:
+        assert pieces is not None, "layers are left out of a model that is read in pieces"
+        absent = AbsentLayers(base, pieces, num_left_out)
     num_parameters = read_architecture(Path(model.path)).num_parameters
     checkpointing = config.train.gradient_checkpointing
     if checkpointing == "auto":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from backends.cuda.routers import RouterWatch
+from core.portions import portions
 from core.protocols import Prefix, TokenArray
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from backends.cuda.streaming import Pieces
 
-CHUNK_BYTES = 1 << 29
-"""States that wait on the device between one frozen layer and the next, when these are read one by one."""
 States = tuple[torch.Tensor, torch.Tensor | None]
 """Of a row: what enters the first layer with an adapter, [T, hidden]; of a mixture, `core.protocols.Prefix.routed`."""
 Send = Callable[[TokenArray], torch.Tensor]
@@ -44,7 +43,7 @@ class FrozenLayers:
 class AbsentLayers:
     """The same, but for a layer's weights, which are read when its turn comes and gone after it.
 
-    Many rows go through a layer before the next one is read: as many as `CHUNK_BYTES` hold.
+    A whole portion of the rows goes through a layer before the next one is read.
     """
 
     def __init__(self, base: PreTrainedModel, pieces: Pieces, num_layers: int) -> None:
@@ -55,9 +54,10 @@ class AbsentLayers:
 
     def run(self, rows: Sequence[TokenArray], *, send: Send) -> Iterator[States]:
         """As `FrozenLayers.run`, and to the same bits."""
-        for chunk in self._chunks(rows):
-            states = [self._decoder.embed_tokens(send(row[None])) for row in chunk]
-            routed: list[list[torch.Tensor]] = [[] for _ in chunk]
+        table = self._decoder.embed_tokens.weight
+        for portion in portions(rows, bytes_per_token=table.shape[1] * table.element_size()):
+            states = [self._decoder.embed_tokens(send(row[None])) for row in portion]
+            routed: list[list[torch.Tensor]] = [[] for _ in portion]
             for number in range(len(self._empty)):
                 with self._loaded(number) as part:
                     routers = RouterWatch(part)
@@ -81,18 +81,6 @@ class AbsentLayers:
             yield part_of(self._decoder, [layers[number]])
         finally:
             layers[number] = without
-
-    def _chunks(self, rows: Sequence[TokenArray]) -> Iterator[Sequence[TokenArray]]:
-        table = self._decoder.embed_tokens.weight
-        num_bytes, start = 0, 0
-        for index, row in enumerate(rows):
-            size = len(row) * table.shape[1] * table.element_size()
-            if index > start and num_bytes + size > CHUNK_BYTES:
-                yield rows[start:index]
-                num_bytes, start = 0, index
-            num_bytes += size
-        if start < len(rows):
-            yield rows[start:]
 
 
 def part_of(decoder: Any, layers: Iterable[torch.nn.Module], *, norm: torch.nn.Module | None = None) -> Any:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from backends.cuda.lora import LoraLinear, LoraPair
 from backends.cuda.moe import attach_sparse, is_sparse
-from backends.cuda.streaming import Pieces, Source, load_in_pieces, load_packed
+from backends.cuda.streaming import Pieces, Source, load_in_pieces
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter
 from core.architecture import Architecture, read_architecture
 from core.config import ModelConfig
@@ -79,53 +79,44 @@ def load_base(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    num_left_out: int = 0,
+    stream: bool = False,
     source: Source | None = None,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, Pieces | None]:
     """Reads the weights, to `device`, frozen: in NF4 (double quantisation) for 4 bits, else in `dtype`.
 
     Args:
+        num_left_out: of so many layers from the lowest no weights are kept.
+        stream: leave the other layers' weights in host memory.
         source: where a mixture's weights come from for 4 bits; None: the model folder.
+
+    Returns:
+        The model, and what reads its pieces again; None if transformers read it whole.
 
     Raises:
         UserError: a family this backend doesn't know, or missing, damaged or misshapen weights.
     """
     architecture = _readable(model)
-    if config.bits == 4 and architecture.is_moe:
-        base = load_packed(model, config, device=device, dtype=dtype, attention=ATTENTION, source=source)
+    pieces: Pieces | None = None
+    if num_left_out or stream or (config.bits == 4 and architecture.is_moe):
+        base, pieces = load_in_pieces(
+            model,
+            config,
+            device=device,
+            dtype=dtype,
+            attention=ATTENTION,
+            source=source,
+            left_out=range(num_left_out),
+            on_host=range(num_left_out, architecture.num_layers) if stream else range(0),
+        )
     else:
         assert source is None, "weights from elsewhere are for a mixture in 4 bits"
         base, info = _read(model, _load_options(config, device, dtype))
         _check_loaded(model, info, _misshapen_quantised(base))
-    return _frozen(base, config)
-
-
-def load_upper_base(
-    model: ResolvedModel,
-    config: ModelConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    num_below: int,
-    stream: bool,
-    source: Source | None = None,
-) -> tuple[PreTrainedModel, Pieces]:
-    """As `load_base`, without the weights of the first `num_below` layers, and what reads these one by one.
-
-    Args:
-        stream: leave the other layers' weights in host memory.
-    """
-    architecture = _readable(model)
-    base, pieces = load_in_pieces(
-        model,
-        config,
-        device=device,
-        dtype=dtype,
-        attention=ATTENTION,
-        source=source,
-        left_out=range(num_below),
-        on_host=range(num_below, architecture.num_layers) if stream else range(0),
-    )
-    return _frozen(base, config), pieces
+    base.requires_grad_(False)
+    if config.bits == 4:
+        _keep_quantised_for_training(base)
+    return base, pieces
 
 
 def _readable(model: ResolvedModel) -> Architecture:
@@ -138,13 +129,6 @@ def _readable(model: ResolvedModel) -> Architecture:
         )
     silence_libraries()
     return architecture
-
-
-def _frozen(base: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
-    base.requires_grad_(False)
-    if config.bits == 4:
-        _keep_quantised_for_training(base)
-    return base
 
 
 def silence_libraries() -> None:

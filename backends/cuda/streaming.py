@@ -1,4 +1,4 @@
-"""Loading a mixture in 4 bits, matrix by matrix, so that it never lies anywhere in 16.
+"""Loading piece by piece: a mixture in 4 bits, so that it never lies anywhere in 16, and models without some layers.
 
 transformers reads a fused tensor of experts whole, in 16 bits, before anything can pack it. Here the model is built
 without weights, and each matrix goes from its shard to the device, is packed there and forgotten. In host memory lies
@@ -60,28 +60,6 @@ class Source(Protocol):
         ...
 
 
-def load_packed(
-    model: ResolvedModel,
-    config: ModelConfig,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str,
-    source: Source | None = None,
-) -> PreTrainedModel:
-    """The frozen mixture on `device`: linear layers and experts in NF4, the rest in `dtype`.
-
-    The packed weights are kept on disk (`backends.cuda.packed_cache`) and read from there the next time.
-
-    Args:
-        source: where the weights come from; None: the model folder's safetensors.
-
-    Raises:
-        UserError: experts of another form, or missing or misshapen weights.
-    """
-    return load_in_pieces(model, config, device=device, dtype=dtype, attention=attention, source=source)[0]
-
-
 def load_in_pieces(
     model: ResolvedModel,
     config: ModelConfig,
@@ -93,11 +71,18 @@ def load_in_pieces(
     left_out: range = range(0),
     on_host: range = range(0),
 ) -> tuple[PreTrainedModel, Pieces]:
-    """As `load_packed`, of any model, in 4 bits or 16, and what reads its pieces again.
+    """The frozen model on `device`, in 4 bits (linear layers and experts in NF4, the rest in `dtype`) or 16, and what
+    reads its pieces again.
+
+    Packed weights are kept on disk (`backends.cuda.packed_cache`) and read from there the next time.
 
     Args:
+        source: where the weights come from; None: the model folder's safetensors.
         left_out: layers that stay without weights.
         on_host: layers whose weights stay in host memory; of a cache they are a map of its files.
+
+    Raises:
+        UserError: experts of another form, or missing or misshapen weights.
     """
     base = empty_model(model.path, config, dtype=dtype, attention=attention)
     plan = planned_weights(base) if config.bits == 4 else []
@@ -106,8 +91,8 @@ def load_in_pieces(
         if config.bits == 4 and config.cache_packed
         else None
     )
-    pieces_ = Pieces(base, model, cache, source=source, bits=config.bits, device=device, dtype=dtype)
-    pieces_.load(base, left_out=set(map(_layer_piece, left_out)), on_host=set(map(_layer_piece, on_host)))
+    reader = Pieces(base, model, cache, source=source, bits=config.bits, device=device, dtype=dtype)
+    reader.load(base, left_out=set(map(_layer_piece, left_out)), on_host=set(map(_layer_piece, on_host)))
     _make_buffers(base, device)
     base.tie_weights()
     layers = tuple(f"model.layers.{layer}." for layer in left_out)
@@ -115,10 +100,7 @@ def load_in_pieces(
         name for name, tensor in _tensors(base) if tensor.device.type == "meta" and not name.startswith(layers)
     ]
     assert not still_empty, f"no values for {still_empty[:3]}"
-    if config.bits == 4:
-        flags: Any = base
-        flags.is_loaded_in_4bit = True  # PEFT asks for it before it puts its LoRA around 4-bit layers
-    return base.eval(), pieces_
+    return base.eval(), reader
 
 
 def empty_model(folder: Path, config: ModelConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
@@ -232,12 +214,9 @@ class Pieces:
         with self._source() as source:
             return self._to(self._read_piece(source, piece), place)
 
-    def read_layer(self, layer: int) -> Weights:
-        """All of a layer, on the device."""
-        return self.read(_layer_piece(layer))
-
     def install_layer(self, base: PreTrainedModel, layer: int) -> None:
-        _install(base, self.read_layer(layer), self._dtype)
+        """Puts all of a layer into `base`, on the device."""
+        _install(base, self.read(_layer_piece(layer)), self._dtype)
 
     @contextmanager
     def _source(self) -> Iterator[Source]:

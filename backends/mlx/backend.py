@@ -79,7 +79,8 @@ def _open(
 
     with _quiet_libraries():
         from backends.mlx.learner import MlxLearner
-        from backends.mlx.model import Network, load_base
+        from backends.mlx.loading import load_base
+        from backends.mlx.model import Network
         from core.config import residence
 
         dtype, dtype_name = _compute_type(config.model.dtype, device)

@@ -6,6 +6,7 @@ captured, so a restored state is simply used by the next call, and a trace leave
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 
+from backends.mlx.absent_layers import prefixes, streamed_gradients
 from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses, token_replay
 from backends.mlx.memory import MemoryMeter, translate_out_of_memory
 from backends.mlx.model import Network
@@ -106,8 +108,7 @@ class MlxLearner:
                 key = mx.random.key(step_seed(self._seed, step, index))
                 arrays = _device_arrays(batch, selection)
                 aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
-                gradients = self._streamed_gradients if self.network.streams else self._gradients
-                sums, total = gradients(self.parameters, sums, total, key, aux, *arrays)
+                sums, total = self._gradients(self.parameters, sums, total, key, aux, *arrays)
                 mx.async_eval(sums, total)
             assert sums is not None and total is not None
             return self._apply(sums, total, num_targets=num_targets, lr=lr)
@@ -142,53 +143,38 @@ class MlxLearner:
         weight: mx.array,
     ) -> tuple[Sums, Parameters]:
         """Adds a micro-batch's losses and the gradient of its summed objective to those so far."""
-        keys = self.network.dropout_keys(key)
+        network, keys = self.network, self.network.dropout_keys(key)
+        loss = functools.partial(
+            summed_loss,
+            network.project,
+            position=position,
+            target=target,
+            weight=weight,
+            label_smoothing=self._label_smoothing,
+        )
 
         def objective(parameters: Parameters) -> tuple[mx.array, Sums]:
             is_token = None if aux is None else aux[0]
-            hidden, routed = self.network.routed_states(parameters, tokens, is_token=is_token, keys=keys, training=True)
-            carrier, loss = summed_loss(
-                self.network.project,
-                hidden,
-                position,
-                target,
-                weight,
-                label_smoothing=self._label_smoothing,
-            )
+            hidden, routed = network.routed_states(parameters, tokens, is_token=is_token, keys=keys, training=True)
+            carrier, nll = loss(hidden)
             if aux is None:
-                return carrier, (loss,)
+                return carrier, (nll,)
             real, below, share, factor = aux
             aux_loss = balancing_loss(routed, real.sum(), below=below)
             if self._aux_weight:
                 carrier = carrier + factor * aux_loss
-            return carrier, (loss, share * mx.stop_gradient(aux_loss))
+            return carrier, (nll, share * mx.stop_gradient(aux_loss))
 
-        (_, sums), gradients = mx.value_and_grad(objective)(parameters)
-        return _added(sums_so_far, sums), _added_by_name(total_so_far, gradients)
-
-    def _streamed_gradients(
-        self,
-        parameters: Parameters,
-        sums_so_far: Sums | None,
-        total_so_far: Parameters | None,
-        key: mx.array,
-        aux: AuxArrays | None,
-        tokens: mx.array,
-        position: mx.array,
-        target: mx.array,
-        weight: mx.array,
-    ) -> tuple[Sums, Parameters]:
-        """As `_gradients_of_microbatch`, where no layer's weights are kept."""
-        assert aux is None, "the backend's check refuses a load-balancing loss"
-
-        def loss(hidden: mx.array) -> tuple[mx.array, mx.array]:
-            return summed_loss(
-                self.network.project, hidden, position, target, weight, label_smoothing=self._label_smoothing
-            )
-
-        keys = self.network.dropout_keys(key)
-        nll, gradients = self.network.streamed_gradients(parameters, tokens, loss, keys=keys)
-        return _added(sums_so_far, (nll,)), _added_by_name(total_so_far, gradients)
+        if network.streams:
+            assert aux is None, "streamed layers have no load-balancing loss"
+            nll, gradients = streamed_gradients(network, parameters, tokens, loss, keys=keys)
+            sums: Sums = (nll,)
+        else:
+            (_, sums), gradients = mx.value_and_grad(objective)(parameters)
+        if sums_so_far is None or total_so_far is None:
+            return sums, gradients
+        sums = tuple(before + own for before, own in zip(sums_so_far, sums, strict=True))
+        return sums, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
 
     def _updated(
         self,
@@ -277,7 +263,7 @@ class MlxLearner:
     def prefixes(self, rows: Sequence[TokenArray]) -> Iterator[Prefix]:
         """What the layers below the first adapter make of each row, one row at a time."""
         waiting: tuple[mx.array, mx.array | None] | None = None
-        computing = self.network.prefixes([mx.array(row.astype(np.int32)) for row in rows])
+        computing = prefixes(self.network, rows)
         while True:
             with translate_out_of_memory("the frozen layers"):
                 computed = next(computing, None)
@@ -355,14 +341,6 @@ class _Scalar:
     def __float__(self) -> float:
         with translate_out_of_memory("a training step"):
             return float(self._array)
-
-
-def _added(before: Sums | None, own: Sums) -> Sums:
-    return own if before is None else tuple(one + two for one, two in zip(before, own, strict=True))
-
-
-def _added_by_name(before: Parameters | None, own: Parameters) -> Parameters:
-    return own if before is None else {name: before[name] + array for name, array in own.items()}
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ def load(model: Path, adapter: str | None, *, dtype: str) -> Any:
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    from backends.mlx.model import mlx_settings
+    from backends.mlx.loading import mlx_settings
 
     if not mx.metal.is_available():
         mx.set_default_device(mx.cpu)

@@ -32,6 +32,7 @@ from tests.tiny import PAD_ID, VOCAB_SIZE, make_model
 PACKAGES = {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "transformers", "peft")}
 ROOT = Path(__file__).parents[2]
 Open = Callable[..., Learner]
+LR = 3e-3
 
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -138,6 +139,12 @@ def make_batch(
         inputs[row, :length] = tokens[:-1]
         targets[row, length // 3 : length] = tokens[1 + length // 3 :]
     return Batch(np.arange(first_row, first_row + len(lengths)), inputs, targets)
+
+
+def one_row(batch: Batch, row: int) -> Batch:
+    """A batch of this row alone."""
+    part = slice(row, row + 1)
+    return Batch(batch.row_ids[part], batch.inputs[part], batch.targets[part])
 
 
 def microbatches(step: int = 1) -> list[Batch]:

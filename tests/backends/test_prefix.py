@@ -147,14 +147,11 @@ def test_low_memory_holds_the_upper_layers_only(opened: Open, model: Path, bits:
         assert is_frozen_layer or held[weight.name] == weight
 
 
-def test_absent_layers_take_the_rows_in_portions(
-    backend: str, opened: Open, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = {"mlx": "backends.mlx.model", "cuda": "backends.cuda.halves"}[backend]
+def test_absent_layers_take_the_rows_in_portions(opened: Open, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of(make_batch((16, 9, 3, 12)))
     learner = opened(model, model={"bits": 16, "low_memory": True}, lora=HALF)
     together = list(learner.prefixes(rows))
-    monkeypatch.setattr(f"{module}.CHUNK_BYTES", 20 * 64 * 4)
+    monkeypatch.setattr("core.portions.PORTION_BYTES", 20 * 64 * 4)
     for one, two in zip(learner.prefixes(rows), together, strict=True):
         np.testing.assert_array_equal(one.states, two.states)
     assert len(together) == len(rows)

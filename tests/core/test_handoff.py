@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -14,10 +14,11 @@ from safetensors.numpy import load_file, save_file
 from core.adapter import Adapter, LoraModule
 from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, read_saved, write_adapter
 from core.handoff import NUM_BATCHES, HandoffReport, check_rows, check_saved, without_effect
-from core.protocols import IGNORE, Batch, Replay, RowLosses, TrainState
+from core.protocols import IGNORE, Batch, RowLosses, TrainState
 from tests.fakes import NAME, VOCAB, FakeData, FakeLearner
 
 MODULE = NAME.rsplit(".", 1)[0]
+T = TypeVar("T")
 
 
 class LoraLearner(FakeLearner):
@@ -73,6 +74,17 @@ def setting(tmp_path: Path) -> Setting:
     return Setting(tmp_path, adapter, learner, batches, trained)
 
 
+def counted(method: Callable[[Iterable[Batch]], T], seen: list[int]) -> Callable[[Iterable[Batch]], T]:
+    """The same method, which also adds to `seen` how many batches it was given."""
+
+    def watched(batches: Iterable[Batch]) -> T:
+        chosen = list(batches)
+        seen.append(len(chosen))
+        return method(chosen)
+
+    return watched
+
+
 def test_a_good_adapter_is_the_same_and_moves_the_output(setting: Setting) -> None:
     report = setting.check()
     assert report.problem() is None
@@ -92,14 +104,7 @@ def test_a_good_adapter_is_the_same_and_moves_the_output(setting: Setting) -> No
 
 def test_only_the_first_batches_are_replayed(setting: Setting) -> None:
     seen: list[int] = []
-    replay = setting.learner.replay
-
-    def watched(batches: Iterable[Batch]) -> Replay:
-        chosen = list(batches)
-        seen.append(len(chosen))
-        return replay(chosen)
-
-    setting.learner.replay = watched  # type: ignore[method-assign]
+    setting.learner.replay = counted(setting.learner.replay, seen)  # type: ignore[method-assign]
     setting.check()
     assert seen == [NUM_BATCHES] * 3  # as trained, as saved, and the base
 
@@ -110,14 +115,7 @@ def test_what_was_measured_before_is_not_measured_again(setting: Setting) -> Non
     base = setting.learner.evaluate(setting.batches)
     known: dict[str, Any] = {"learner": setting.learner, "batches": setting.batches, "trained": setting.trained}
     runs: list[int] = []
-    evaluate = setting.learner.evaluate
-
-    def watched(batches: Iterable[Batch]) -> RowLosses:
-        chosen = list(batches)
-        runs.append(len(chosen))
-        return evaluate(chosen)
-
-    setting.learner.evaluate = watched  # type: ignore[method-assign]
+    setting.learner.evaluate = counted(setting.learner.evaluate, runs)  # type: ignore[method-assign]
     report = check_saved(setting.folder, setting.adapter, **known, base=base)
     assert runs == [NUM_BATCHES]
     assert report.problem() is None and report.max_effect > 0.1

@@ -35,11 +35,6 @@ from tests.core.stored_rows import (
 )
 
 
-@pytest.fixture
-def one_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_store, "SEGMENT_BYTES", 1)
-
-
 def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 

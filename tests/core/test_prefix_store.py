@@ -39,12 +39,6 @@ from tests.core.stored_rows import (
     segments,
 )
 
-
-@pytest.fixture
-def one_row_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_store, "SEGMENT_BYTES", 1)
-
-
 # --- what is kept is what was computed ------------------------------------------------------------------------------
 
 

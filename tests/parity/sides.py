@@ -63,18 +63,18 @@ def sections(folder: Path, rows: Path, **changes: dict[str, Any]) -> dict[str, A
 
 def _misread_theta(patch: pytest.MonkeyPatch, job: Job) -> Job:
     """MLX loads the model with theta 10000 although its folder says 100000."""
-    import backends.mlx.model as model
+    import backends.mlx.loading as loading
 
-    right = model._mlx_settings
-    patch.setattr(model, "_mlx_settings", lambda *args: {**right(*args), "rope_theta": 10000.0})
+    right = loading._mlx_settings
+    patch.setattr(loading, "_mlx_settings", lambda *args: {**right(*args), "rope_theta": 10000.0})
     return job
 
 
 def _no_window(patch: pytest.MonkeyPatch, job: Job) -> Job:
     """MLX sees the whole row although the folder gives a sliding window."""
-    import backends.mlx.model as model
+    import backends.mlx.loading as loading
 
-    patch.setattr(model, "_window", lambda raw: None)
+    patch.setattr(loading, "_window", lambda raw: None)
     return job
 
 
