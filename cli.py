@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from core.data_commands import add_data_commands
+
 USER_ERROR = 2
 INTERRUPTED = 130
 PARITY_STEPS = 20
@@ -35,6 +37,8 @@ _FLAGS: tuple[tuple[str, str, Callable[[str], Any], str], ...] = (
     ("--output", "output", str, "run folder (default: a new one under runs/)"),
 )
 
+_SETTING_FLAGS = (*((flag, name) for flag, name, _, _ in _FLAGS), ("--strict", "data.strict"))
+
 _WHERE = ("--backend", "--device", "--model", "--data")
 """Flags that say where things are; a resumed run may find them elsewhere."""
 
@@ -45,8 +49,14 @@ def train(args: argparse.Namespace) -> int:
     from core.run import existing_run
     from core.screen import make_console
 
+    if args.final and args.folds is None and args.resume is None:
+        raise UserError("--final is the run after the folds", hint="give --folds as well, such as --folds 5")
     if args.resume is None:
         settings = _settings(args)  # first: a misspelt preset should not wait for the imports
+        if args.folds is not None:
+            from core.workflow.folds import train_folds
+
+            return train_folds(settings, folds=args.folds, final=args.final, console=make_console())
         from core.workflow.train import train
 
         return train(settings, console=make_console())
@@ -61,6 +71,12 @@ def train(args: argparse.Namespace) -> int:
             "other settings, start a new run with: python cli.py train --init-adapter RUN",
         )
     folder = existing_run(args.resume or None)
+    from core.folds import is_folds
+
+    if is_folds(folder):
+        from core.workflow.folds import resume_folds
+
+        return resume_folds(folder, console=make_console())
     from core.workflow.train import resume
 
     return resume(folder, flags=_flags(args), assignments=args.assignments, console=make_console())
@@ -206,7 +222,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--resume", nargs="?", const="", metavar="RUN", help="continue a run, also from elsewhere (default: the newest)"
     )
+    command.add_argument("--folds", type=_folds, metavar="K", help="one run for each of K folds, judged together")
+    command.add_argument("--final", action="store_true", help="after the folds, a run on all rows")
     command.set_defaults(run_command=train)
+    add_data_commands(commands, add_settings=_add_settings, settings_of=_settings)
     _add_monitor(commands)
     _add_generate(commands)
     _add_convert(commands)
@@ -269,6 +288,20 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
     )
     for flag, name, kind, text in _FLAGS:
         command.add_argument(flag, type=kind, default=None, dest=name, help=text)
+    command.add_argument(
+        "--strict",
+        action="store_const",
+        const=True,
+        dest="data.strict",
+        help="stop when the check of the data finds something",
+    )
+
+
+def _folds(text: str) -> int:
+    value = int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError("must be at least 2")
+    return value
 
 
 def _positive(text: str) -> float:
@@ -301,13 +334,13 @@ def _settings(args: argparse.Namespace) -> Any:
 def _flags(args: argparse.Namespace) -> dict[str, tuple[str, Any]]:
     """Dotted name -> (flag, value) of the flags that were typed."""
     values = vars(args)
-    return {name: (flag, values[name]) for flag, name, _, _ in _FLAGS if values[name] is not None}
+    return {name: (flag, values[name]) for flag, name in _SETTING_FLAGS if values[name] is not None}
 
 
 def _given(args: argparse.Namespace) -> list[str]:
     """Flags with settings that were typed."""
     values = vars(args)
-    given = [flag for flag, name, _, _ in _FLAGS if values[name] is not None]
+    given = [flag for flag, name in _SETTING_FLAGS if values[name] is not None]
     lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
     return given + [flag for flag, name in lists if values[name]]
 
@@ -317,9 +350,9 @@ def _typed(args: argparse.Namespace) -> list[str]:
     values = vars(args)
     lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
     typed = [word for flag, name in lists for value in values[name] for word in (flag, value)]
-    for flag, name, _, _ in _FLAGS:
+    for flag, name in _SETTING_FLAGS:
         if values[name] is not None and name not in ("backend", "output"):
-            typed += [flag, str(values[name])]
+            typed += [flag] if values[name] is True else [flag, str(values[name])]
     return typed
 
 

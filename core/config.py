@@ -60,8 +60,21 @@ class DataConfig(Section):
     """Share of the rows held out for validation, when the data brings no validation split of its own."""
     test: Fraction = 0.0
     """Share of the rows held out for testing, when the data brings no test split of its own."""
+    stratify: str | None = None
+    """Column whose values should be as frequent in validation and test as in training, such as a label."""
+    group: str | None = None
+    """Column whose equal values stay on one side of the split: a document's chunks, a patient's rows."""
+    near_duplicates: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.7
+    """Rows that are at least this similar (Jaccard similarity of their 5-character pieces, estimated by MinHash) stay
+    on one side of the split; null keeps only equal rows together."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Cut the rows into so many folds, of which one validates; `train --folds` trains one run for each."""
+    fold: Count = 1
+    """The fold that validates, counted from 1, when `data.folds` is set."""
     skip_bad: bool = False
     """Leave out rows that can't be read (and say how many) instead of stopping at the first."""
+    strict: bool = False
+    """Don't start when the check of the data has found something; `train --strict` sets it."""
 
     @model_validator(mode="after")
     def _leave_rows_to_train_on(self) -> DataConfig:
@@ -69,6 +82,8 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.validation {self.validation:g} and data.test {self.test:g} leave no rows to train on"
             )
+        if self.folds is not None and self.fold > self.folds:
+            raise ValueError(f"data.fold {self.fold}: there are only {self.folds} folds (data.folds)")
         return self
 
 

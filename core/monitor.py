@@ -22,6 +22,7 @@ from core.config import BASE_MODEL, GuardConfig
 from core.errors import UserError
 from core.expert_map import collapse_warning
 from core.files import read_json
+from core.folds import is_folds
 from core.journal import JOURNAL
 from core.overfitting import advice, relative_warning
 from core.records import Pace, Record, clean, gap_of, number, whole
@@ -31,6 +32,7 @@ from core.settings import load_config
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from core.folds_monitor import FoldsReader, FoldsView
     from core.monitor_screen import Screen
 
 SILENT_SECONDS = 120.0
@@ -69,13 +71,19 @@ class Snapshot:
     """What the numbers warn of, a line each."""
     verdict: str | None = None
     """The summary's sentence on overfitting, once the run has ended."""
+    folds: FoldsView | None = None
+    """Of which this run is one, when their parent folder is watched."""
 
     @property
     def has_ended(self) -> bool:
+        if self.folds is not None:
+            return self.folds.has_ended
         return self.status in (*ENDED, "died")
 
     @property
     def exit_code(self) -> int:
+        if self.folds is not None:
+            return self.folds.exit_code
         return 1 if self.status in ("failed", "died") else 0
 
     @property
@@ -112,7 +120,16 @@ class Snapshot:
 
 def snapshot(folder: Path) -> Snapshot:
     """The run as its files show it now; never raises for what is in them."""
-    return RunReader(folder).poll()
+    return reader_of(folder).poll()
+
+
+def reader_of(folder: Path) -> RunReader | FoldsReader:
+    """What follows a run, or the runs of folds."""
+    if not is_folds(folder):
+        return RunReader(folder)
+    from core.folds_monitor import FoldsReader
+
+    return FoldsReader(folder)
 
 
 def render(snapshot: Snapshot, width: int, height: int | None = None) -> Screen:
@@ -141,6 +158,7 @@ def to_json(snapshot: Snapshot) -> dict[str, Any]:
         "problems": list(snapshot.problems),
         "warnings": list(snapshot.warnings),
         "verdict": snapshot.verdict,
+        **({} if snapshot.folds is None else {"folds": snapshot.folds.to_json()}),
     }
 
 
@@ -152,7 +170,7 @@ def watch(folder: Path, *, refresh: float, console: Console) -> int:
 
     Returns 0 when the run finished, stopped early, was interrupted or is still going; 1 when it failed or died.
     """
-    reader = RunReader(folder)
+    reader = reader_of(folder)
     shown: Snapshot | None = None
     try:
         follow = _live if console.is_terminal else _lines
@@ -165,7 +183,7 @@ def watch(folder: Path, *, refresh: float, console: Console) -> int:
     return shown.exit_code
 
 
-def _live(reader: RunReader, refresh: float, console: Console) -> Iterator[Snapshot]:
+def _live(reader: RunReader | FoldsReader, refresh: float, console: Console) -> Iterator[Snapshot]:
     """On the terminal's second screen, so that resizing leaves no debris."""
     from rich.live import Live
 
@@ -184,15 +202,16 @@ def _live(reader: RunReader, refresh: float, console: Console) -> Iterator[Snaps
                     live.update(render(current, size.width, size.height), refresh=True)
 
 
-def _lines(reader: RunReader, refresh: float, console: Console) -> Iterator[Snapshot]:
+def _lines(reader: RunReader | FoldsReader, refresh: float, console: Console) -> Iterator[Snapshot]:
     """Into a file or a pipe: a line for each new evaluation."""
     from core.monitor_screen import evaluation_line
 
     last: Any = None
     while True:
         current = reader.poll()
-        if current.evaluation and current.evaluation.get("step") != last:
-            last = current.evaluation.get("step")
+        shown = (current.folder, current.evaluation.get("step"))
+        if current.evaluation and shown != last:
+            last = shown
             console.print(evaluation_line(current))
         yield current
         if current.has_ended:

@@ -30,6 +30,8 @@ _DEFAULT_CHART = 12
 _SHORT_NAME = 10
 _TABLE_ROWS = 8
 _MAX_MAP = 16
+_LEAST_HEIGHT = 16
+"""What a run keeps above the table of many folds."""
 
 _GRADE_STYLES: dict[str, str] = dict(zip(GRADES, ("bold green", "green", "yellow", "bold red"), strict=True))
 _STATUS_STYLES = {
@@ -51,7 +53,9 @@ class Screen:
     height: int | None = None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for line in screen_lines(self.snapshot, self.width, self.height):
+        folds = [] if self.snapshot.folds is None else self.snapshot.folds.lines(self.width)
+        room = None if self.height is None else max(self.height - len(folds), _LEAST_HEIGHT)
+        for line in [*screen_lines(self.snapshot, self.width, room), *folds]:
             line.truncate(self.width)
             line.no_wrap = True
             line.rstrip()
@@ -361,10 +365,14 @@ def _foot(snapshot: Snapshot, width: int) -> Iterable[Text]:
 
 def _ending(snapshot: Snapshot) -> Iterable[tuple[str, str]]:
     state, folder = snapshot.state, snapshot.folder
+    if snapshot.folds is not None:
+        folder = snapshot.folds.folder
     silent = clock(snapshot.silent_seconds)
     resume = f"continue with: python cli.py train --resume {folder}"
     if snapshot.verdict:
         yield snapshot.verdict, "bold"
+    if why := state.get("not_judged"):
+        yield f"not judged: {why}", "bold"
     if snapshot.status == "died":
         yield f"died: process {state.get('pid')} is gone; last sign of life {silent} ago", "bold red"
     elif snapshot.status == "failed":
@@ -373,6 +381,8 @@ def _ending(snapshot: Snapshot) -> Iterable[tuple[str, str]]:
         yield f"no sign of life from {state.get('host')} for {silent}; if it is gone, {resume}", "yellow"
     elif snapshot.status == "running" and snapshot.silent_seconds > 120:
         yield f"alive, but the last update was {silent} ago", "dim"
+    if snapshot.folds is not None:
+        return  # what to type is said of all of them
     if snapshot.status in ("died", "failed", "interrupted"):
         step = state.get("last_checkpoint_step")
         yield f"{resume}   ({f'from step {step}' if step else 'no checkpoint yet'})", ""
@@ -386,7 +396,8 @@ def evaluation_line(snapshot: Snapshot) -> str:
     names = (("val", "val_loss"), ("probe", "probe_loss"), ("gap", "gap"))
     losses = "  ".join(f"{name} {_three(record.get(field))}" for name, field in names)
     left = f"  {clock(snapshot.eta_seconds)} left" if snapshot.eta_seconds is not None else ""
-    return f"step {record.get('step')}/{snapshot.total_steps or '?'}  {losses}  {record.get('grade')}{left}"
+    run = "" if snapshot.folds is None else f"{snapshot.folder.name}  "
+    return f"{run}step {record.get('step')}/{snapshot.total_steps or '?'}  {losses}  {record.get('grade')}{left}"
 
 
 _PLAIN = Console(width=80, file=None, force_terminal=False, no_color=True)

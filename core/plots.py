@@ -61,7 +61,8 @@ def write_training_curves(folder: Path) -> None:
     """Draws the run's metrics to `training_curves.png`; writes nothing when there are none yet.
 
     From the top: training loss (means of neighbouring steps when there are many), validation and probe loss, the base
-    model's level and the best step; the gap with its bootstrap interval on the grades' bands; the learning rate.
+    model's level and the best step; the gap with its bootstrap interval on the grades' bands, unless nothing is held
+    out; the learning rate.
     """
     series = _read(folder)
     if not series.loss and not series.evaluations:
@@ -71,13 +72,15 @@ def write_training_curves(folder: Path) -> None:
 
     figure = Figure(figsize=(8, 7), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    heights = (6, 4, 1.3) if series.lr else (6, 4)
-    panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
     state = read_state(folder)
+    has_gap = not state.get("not_judged")
+    heights = [6.0, *([4.0] if has_gap else []), *([1.3] if series.lr else [])]
+    panels = list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
     _draw_losses(panels[0], series)
-    _draw_gap(panels[1], series, _guard(folder))
+    if has_gap:
+        _draw_gap(panels[1], series, _guard(folder))
     if series.lr:
-        _draw_rate(panels[2], series)
+        _draw_rate(panels[-1], series)
     _dress(panels, last_step=_last_step(series))
     _add_epochs(panels[0], state.get("steps_per_epoch"), last_step=_last_step(series))
     panels[0].set_title(_title(folder, state), loc="left", fontsize=10, fontweight="bold")
@@ -173,7 +176,7 @@ def _draw_gap(axes: Axes, series: _Series, guard: GuardConfig) -> None:
     axes.set_ylabel("gap (nats per token)")
     if not series.evaluations:
         axes.set_ylim(0, guard.grades[-1])
-        _draw_bands(axes, guard.grades)
+        draw_bands(axes, guard.grades)
         return
     steps, gap = series.column("step"), series.column("gap")
     low, high = np.fmin(series.column("gap_low"), gap), np.fmax(series.column("gap_high"), gap)
@@ -187,10 +190,10 @@ def _draw_gap(axes: Axes, series: _Series, guard: GuardConfig) -> None:
     margin = 0.06 * (top - bottom)
     axes.set_ylim(bottom - (margin if bottom < 0 else 0), top + margin)
     axes.axhline(0, color=_BLACK, lw=0.5)
-    _draw_bands(axes, guard.grades)
+    draw_bands(axes, guard.grades)
 
 
-def _draw_bands(axes: Axes, grades: Sequence[float]) -> None:
+def draw_bands(axes: Axes, grades: Sequence[float]) -> None:
     """A band for each grade, darker the worse, named at the right where it is high enough for the name."""
     bottom, top = axes.get_ylim()
     edges = [min(bottom, 0.0), *grades, math.inf]

@@ -2,7 +2,7 @@
 
 Which rows were memorised, which got worse while the mean fell: both are read from these. Per split (`val`, `probe`):
 `<split>.row_ids` int64 [N], `<split>.nll` float64 [N] in nats, summed over the row's targets, `<split>.num_targets`
-int64 [N].
+int64 [N]. A run that holds nothing out has no `val`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from core.run import ROW_LOSSES
 _SPLITS = ("val", "probe")
 
 
-def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses, probe: RowLosses) -> None:
+def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses | None, probe: RowLosses) -> None:
     """Writes one evaluation; the same evaluation again gives the same bytes."""
     from safetensors.numpy import save
 
@@ -27,6 +27,8 @@ def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses, prob
         folder.mkdir(exist_ok=True)
     tensors: dict[str, IntArray | FloatArray] = {}
     for split, losses in zip(_SPLITS, (validation, probe), strict=True):
+        if losses is None:
+            continue
         # safetensors writes the memory as it lies: a view would be saved wrongly
         tensors[f"{split}.row_ids"] = np.ascontiguousarray(losses.row_ids)
         tensors[f"{split}.nll"] = np.ascontiguousarray(losses.nll)
@@ -35,13 +37,15 @@ def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses, prob
 
 
 def read_row_losses(run_folder: Path, step: int) -> tuple[RowLosses, RowLosses] | None:
-    """Validation and probe losses at `step`, or None when there was no evaluation."""
+    """Validation and probe losses at `step`, or None when there was no evaluation, or nothing held out."""
     from safetensors.numpy import load_file
 
     path = _path(run_folder, step)
     if not path.is_file():
         return None
     tensors = load_file(path)
+    if f"{_SPLITS[0]}.nll" not in tensors:
+        return None
     validation, probe = (
         RowLosses(
             row_ids=tensors[f"{split}.row_ids"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import shlex
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -30,7 +32,10 @@ CURVES = "training_curves.png"
 EXPERTS_PLOT = "experts.png"
 ADAPTERS = "adapters"
 ROW_LOSSES = "row_losses"
+SPLIT = "split.csv"
 LOCK = ".lock"
+FOLDS = "folds.json"
+"""In the parent folder of a run's folds: the plan and how far it is."""
 _LOCK_ATTEMPTS = 3
 
 ENDED = ("finished", "early_stopped", "interrupted", "failed")
@@ -114,12 +119,12 @@ class NewFolder:
 
 
 def newest_run(root: Path = RUNS) -> Path:
-    """The run that was started last.
+    """The run, or the folds, that were started last.
 
     Raises:
         UserError: there is none.
     """
-    states = sorted(root.glob(f"*/{STATE}"), key=_started)
+    states = sorted([*root.glob(f"*/{STATE}"), *root.glob(f"*/{FOLDS}")], key=_started)
     if not states:
         raise UserError(f"{root}: no runs yet", hint="start one with: python cli.py train --preset quickstart")
     running = [state for state in states if is_locked(state.parent)]  # a resumed run may have been started long ago
@@ -228,6 +233,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The state file's content; empty when it is missing or damaged."""
     state = read_json(folder / STATE)
     return state if isinstance(state, dict) else {}
+
+
+def write_split(folder: Path, rows: Iterable[tuple[str, int, str]]) -> None:
+    """Writes `split.csv`: for each row its split, its number there (as in `row_losses`) and where it was read."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("split", "row", "origin"))
+    writer.writerows(rows)
+    write_atomic(folder / SPLIT, text.getvalue())
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

@@ -162,6 +162,11 @@ class TrainScreen:
         }
         self._update(**self._fields)
 
+    def show_unjudged(self, loss: float, *, step: int) -> None:
+        """Of a run that holds nothing out: the loss on training rows is all there is."""
+        name = self._start if step == 0 else f"step {step}"
+        LOGGER.info("%s: training rows %.3f  (not judged)", name, loss)
+
     def show_routing(self, report: RoutingReport, *, step: int) -> None:
         LOGGER.info("  %s", ", ".join(routing_parts(report.scalars, start=self._start if step else None)))
         if step == 0 and (before := report.base.collapsed()):

@@ -42,11 +42,11 @@ from core.prefix import PrefixReport
 from core.protocols import Learner, RowLosses, Tensors
 from core.remeasure import remeasure
 from core.row_losses import read_row_losses
-from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_summary
+from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_split, write_summary
 from core.screen import TrainScreen, count, logging_to_file
 from core.signals import InterruptFlag
 from core.trainer import Trainer, plan_steps
-from core.verdict import summarize, verdict_lines
+from core.verdict import NOT_JUDGED, not_judged, summarize, verdict_lines
 
 if TYPE_CHECKING:
     from core.workflow.job import Job
@@ -76,6 +76,7 @@ class Session:
         """Runs from the first step; returns the exit code."""
         if self._config.lora.init_adapter is not None:
             init_adapter.keep(self._folder / init_adapter.COPY, self._job.adapter)
+        write_split(self._folder, self._job.data.split_rows())
         _write_config(self._folder, self._config)
         return self._run(Checkpointer(self._folder, keep=self._config.checkpoint.keep), None)
 
@@ -221,7 +222,7 @@ class Session:
 
     def _restore_best(self) -> None:
         """Leaves the best adapter in the learner and in `adapters/`, and checks what was saved on held-out rows."""
-        best_step = self._trainer.stopping.best_step
+        best_step = self._trainer.best_step
         best = self._checkpointer.read(best_step)
         if best is None:
             _log.warning("the checkpoint of step %d is damaged; its adapter is in %s", best_step, ADAPTERS)
@@ -233,7 +234,7 @@ class Session:
             self._folder / ADAPTERS,
             adapter,
             learner=self._learner,
-            batches=self._job.data.validation,
+            batches=self._job.data.validation or self._job.data.probe,
             trained=None if measured is None else measured[0],
             base=self._base_losses(),
         )
@@ -334,6 +335,7 @@ class Session:
             "eval_every": config.eval.every,
             "patience": config.guard.patience,
             "memory_total_gb": self._learner.memory().total_bytes / 1e9,
+            NOT_JUDGED: None if job.data.validation else not_judged(config),
             "phase": "loading",
             "step": checkpoint.step if checkpoint else 0,
             "last_checkpoint_step": checkpoint.step if checkpoint else None,

@@ -46,7 +46,9 @@ class TrainingData(Protocol):
         ...
 
     @property
-    def validation(self) -> Sequence[Batch]: ...
+    def validation(self) -> Sequence[Batch]:
+        """Empty when nothing is held out: then nothing is judged."""
+        ...
 
     @property
     def probe(self) -> Sequence[Batch]: ...
@@ -62,6 +64,7 @@ class Screen(Protocol):
     def show_step(self, *, step: int, epoch: float) -> None: ...
     def show_record(self, record: Mapping[str, Any]) -> None: ...
     def show_evaluation(self, gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> None: ...
+    def show_unjudged(self, loss: float, *, step: int) -> None: ...
     def show_routing(self, report: RoutingReport, *, step: int) -> None: ...
     def show_phase(self, phase: str) -> None: ...
 
@@ -237,6 +240,18 @@ class Trainer:
             self._visit(step, lr)
         return "early_stopped" if self._stopped_early else "finished"
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether rows are held out. If not, there is no gap, no grade and no early stop; the last adapter stays."""
+        return bool(self._data.validation)
+
+    @property
+    def best_step(self) -> int:
+        """Step of the adapter that the run is for; 0 before there is one."""
+        if self.is_judged:
+            return self.stopping.best_step
+        return self.progress.step if self.is_complete else 0
+
     def _visit(self, step: int, lr: float | None) -> None:
         """Everything that happens at a step boundary, in its fixed order."""
         evaluates, checkpoints = self._should_evaluate(step), self._should_checkpoint(step)
@@ -323,9 +338,11 @@ class Trainer:
         """Measures the gap, decides, and adds both to `record`; returns whether this is the best adapter so far."""
         self._screen.show_phase("evaluating")
         self._beat(force=True, phase="evaluating")
+        if not self.is_judged:
+            return self._look_at_training_rows(step, record)
         validation = self.learner.evaluate(self._data.validation)
         probe = self.learner.evaluate(self._data.probe)
-        self._refuse_non_finite(step, validation, probe)
+        self._refuse_non_finite(step, validation=validation, probe=probe)
         write_row_losses(self._folder, step, validation=validation, probe=probe)
         gap = measure_gap(validation, probe, guard=self._config.guard, seed=self._config.train.seed)
         is_best = self._decide(step, gap)
@@ -342,13 +359,34 @@ class Trainer:
         }
         self._screen.show_evaluation(gap, step=step, is_best=is_best, patience_left=self.stopping.patience_left)
         if validation.expert_tokens is not None:
-            record["routing"] = self._judge_routing(step, validation.expert_tokens, is_best=is_best)
+            record["routing"] = self._judge_routing(
+                step, validation.expert_tokens, batches=self._data.validation, is_best=is_best
+            )
         self._screen.show_phase("training")
         return is_best
 
-    def _judge_routing(self, step: int, expert_tokens: IntArray, *, is_best: bool) -> dict[str, Any]:
-        """Says where the validation rows' tokens went; returns it for the record."""
-        num_tokens = sum(batch.num_real_tokens for batch in self._data.validation)
+    def _look_at_training_rows(self, step: int, record: dict[str, Any]) -> bool:
+        """Shows the probe's loss, from which nothing follows; the adapter after the last step is the one to keep."""
+        probe = self.learner.evaluate(self._data.probe)
+        self._refuse_non_finite(step, probe=probe)
+        write_row_losses(self._folder, step, validation=None, probe=probe)
+        is_kept = step > 0 and self.best_step == step
+        if is_kept:
+            self._save_best(self.learner.export_state().adapter)
+        record |= {"probe_loss": probe.mean, "time": self.elapsed_seconds}
+        self._screen.show_unjudged(probe.mean, step=step)
+        if probe.expert_tokens is not None:
+            record["routing"] = self._judge_routing(
+                step, probe.expert_tokens, batches=self._data.probe, is_best=is_kept
+            )
+        self._screen.show_phase("training")
+        return is_kept
+
+    def _judge_routing(
+        self, step: int, expert_tokens: IntArray, *, batches: Sequence[Batch], is_best: bool
+    ) -> dict[str, Any]:
+        """Says where the tokens of evaluated rows went; returns it for the record."""
+        num_tokens = sum(batch.num_real_tokens for batch in batches)
         routing = Routing.measure(expert_tokens, num_tokens=num_tokens)
         if self.progress.base_routing is None:  # at step 0; a checkpoint of an older version has none
             self.progress.base_routing = routing
@@ -369,8 +407,8 @@ class Trainer:
             self._save_best(self.learner.export_state().adapter)
         return decision.is_best
 
-    def _refuse_non_finite(self, step: int, validation: RowLosses, probe: RowLosses) -> None:
-        for name, losses in (("validation", validation), ("probe", probe)):
+    def _refuse_non_finite(self, step: int, **evaluated: RowLosses) -> None:
+        for name, losses in evaluated.items():
             if not math.isfinite(losses.mean):
                 when = f"after step {step}" if step else "of the base model"
                 raise NonFiniteLossError(
@@ -412,7 +450,7 @@ class Trainer:
             self._trainer_state(),
             step=step,
             epoch=self.plan.epoch_of(step),
-            best_step=self.stopping.best_step or None,
+            best_step=self.best_step or None,
         )
         self._last_checkpoint = step
         self._screen.show_phase("training")
@@ -451,7 +489,7 @@ class Trainer:
                 "phase": phase,
                 "step": self.progress.step,
                 "epoch": round(self.progress.step / self.plan.steps_per_epoch, 4),
-                "best_step": self.stopping.best_step or None,
+                "best_step": self.best_step or None,
                 "best_val_loss": self.stopping.best_loss if self.stopping.best_step else None,
                 "base_val_loss": self.progress.base_val_loss,
                 "patience_left": self.stopping.patience_left,

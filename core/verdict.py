@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from core.config import GuardConfig, RunConfig
+from core.folds import judged_by
 from core.overfitting import Gap, advice, grade_of, relative_warning
 from core.run import ADAPTERS
 from core.screen import count, duration
 from core.trainer import Trainer
+
+NOT_JUDGED = "not_judged"
+"""In the state and the summary of a run that holds nothing out: why there is no gap."""
 
 
 def summarize(
@@ -27,10 +31,10 @@ def summarize(
 
     Losses and gap are those of the best adapter, the one in `adapters/`, in nats per target token; memory in GB (10^9
     bytes); `num_target_tokens` counts every target that was trained on, once per pass; `routing` has a mixture's
-    `core.routing.SCALARS` at the best step.
+    `core.routing.SCALARS` at the best step. `not_judged` says why there is no gap; null where there can be one.
     """
     progress, gap = trainer.progress, trainer.progress.best_gap
-    best_step = trainer.stopping.best_step or None
+    best_step = trainer.best_step or None
     seconds = progress.train_seconds
     return {
         "backend": config.backend,
@@ -50,6 +54,7 @@ def summarize(
         "gap_low": gap.low if gap else None,
         "gap_high": gap.high if gap else None,
         "grade": gap.grade if gap else None,
+        NOT_JUDGED: None if trainer.is_judged else not_judged(config),
         "routing": progress.best_routing,
         "final_val_loss": progress.last_gap.val_loss if progress.last_gap else None,
         "final_gap": progress.last_gap.value if progress.last_gap else None,
@@ -62,10 +67,17 @@ def summarize(
     }
 
 
+def not_judged(config: RunConfig) -> str:
+    """Why a run has no gap: nothing is held out to judge by."""
+    return f"every row {'but those for testing ' if config.data.test else ''}was trained on"
+
+
 def verdict_lines(
     summary: Mapping[str, Any], *, gap: Gap | None, guard: GuardConfig, folder: Path, next_command: str
 ) -> list[str]:
     """The verdict for a person: the answer first, then the numbers, then where the files are and what to type."""
+    if summary.get(NOT_JUDGED):
+        return _unjudged_lines(summary, folder=folder, next_command=next_command)
     if gap is None:
         return [
             "Stopped before the first evaluation of a trained adapter.",
@@ -87,6 +99,21 @@ def verdict_lines(
     if summary["status"] == "interrupted":
         return [*lines, f"  continue  python cli.py train --resume {folder}"]
     return [*lines, f"  next      {next_command}"]
+
+
+def _unjudged_lines(summary: Mapping[str, Any], *, folder: Path, next_command: str) -> list[str]:
+    folds = judged_by(folder)
+    headline = f"Not judged: {summary[NOT_JUDGED]}{'' if folds is None else f'; judged by the folds: {folds}'}"
+    if summary["status"] == "interrupted":
+        stopped = f"  stopped at step {summary['steps']} of {summary['total_steps']}"
+        return [headline, stopped, f"  continue  python cli.py train --resume {folder}"]
+    return [
+        headline,
+        f"  {_size(summary)}",
+        "",
+        f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
+        f"  next      {next_command}",
+    ]
 
 
 def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:

@@ -5,67 +5,17 @@ Every row comes exactly once an epoch, and none is dropped. Order and grouping a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import overload
 
 import numpy as np
-import numpy.typing as npt
 
-from core.protocols import IGNORE, Batch, IntArray, TokenArray
+from core.protocols import IGNORE, Batch, IntArray
 from core.seeding import generator
 from data.shapes import Shapes
-
-BoolArray = npt.NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """The rows of a split. `is_target[i][t]` says whether token `t` of row `i` is to be predicted; token 0 never is."""
-
-    ids: list[TokenArray]
-    """int32 [num_tokens] each"""
-    is_target: list[BoolArray]
-    """bool [num_tokens] each"""
-    origin: list[str]
-    """`train.jsonl:17`"""
-    row_ids: IntArray
-    """int64 [N]: index of each row in its split; a selection keeps them."""
-
-    @classmethod
-    def of(cls, ids: list[TokenArray], is_target: list[BoolArray], origin: list[str]) -> TokenRows:
-        return cls(ids, is_target, origin, np.arange(len(ids), dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def lengths(self) -> IntArray:
-        """int64 [N]: tokens of each row."""
-        return np.fromiter((len(row) for row in self.ids), np.int64, len(self.ids))
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.lengths.sum())
-
-    @cached_property
-    def num_targets(self) -> int:
-        return sum(int(np.count_nonzero(row)) for row in self.is_target)
-
-    def select(self, indices: Iterable[int]) -> TokenRows:
-        """Some of the rows, which keep their row ids."""
-        chosen = np.fromiter(indices, np.int64)
-        return TokenRows(
-            [self.ids[index] for index in chosen],
-            [self.is_target[index] for index in chosen],
-            [self.origin[index] for index in chosen],
-            self.row_ids[chosen],
-        )
-
-    def renumbered(self) -> TokenRows:
-        """The same rows as a split of their own."""
-        return TokenRows.of(self.ids, self.is_target, self.origin)
+from data.token_rows import BoolArray as BoolArray
+from data.token_rows import TokenRows as TokenRows
 
 
 @dataclass(frozen=True)
@@ -145,6 +95,6 @@ def _fill(rows: TokenRows, shapes: Shapes, random: np.random.Generator | None) -
 
 def padding_share(batches: Batches) -> float:
     """Share of the batches' positions that hold no token, from 0 to 1."""
-    num_needed = sum(int((batches.rows.lengths[group] - 1).sum()) for group in batches.groups)
+    num_needed = int((batches.rows.lengths[np.concatenate(batches.groups)] - 1).sum()) if batches.groups else 0
     num_positions = sum(len(group) * width for group, width in zip(batches.groups, batches.widths, strict=True))
     return 1.0 - num_needed / num_positions if num_positions else 0.0

@@ -1,23 +1,38 @@
-"""A data set, ready to train on: `load_data`."""
+"""A data set, ready to train on: `load_data`.
+
+First its rows are tokenised (`tokenize_data`), which takes long, depends on no seed and can be kept (`token_cache`);
+then they are split (`split_data`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from core.config import DataConfig
 from core.errors import UserError
-from data.batches import TokenRows
-from data.formats import parse_rows
-from data.sources import SKIP_HINT, BadRows, and_more, count, read_source
-from data.split import cut_rows, num_copies, rows_not_in
-from data.tokenize import Renderer, Tokenized, Tokenizer, tokenize_examples
+from core.protocols import IntArray
+from data.array_store import Array
+from data.formats import survey
+from data.keys import HashArray, RowKeys, positions
+from data.pipeline import ChunkSettings, convert_source, findings
+from data.sources import SKIP_HINT, BadRows, Row, Source, count, open_source
+from data.split import cut_rows
+from data.token_rows import Origins, TokenRows
+from data.tokenize import Renderer, Tokenizer
 
-_FORMAT = 2
+if TYPE_CHECKING:
+    from data.check.inspection import Inspection
+
+SPLITS = ("train", "validation", "test")
+_FORMAT = 3
 """Raise it when the same rows give other batches: a run from before is then refused, not continued on other ones."""
 
 
@@ -29,6 +44,12 @@ class Prepared:
     validation: TokenRows
     test: TokenRows
     """Empty unless the data brings a test split or `data.test` asks for one."""
+    keys: Mapping[str, RowKeys]
+    """By split, in the rows' order."""
+    inspections: Mapping[str, Inspection]
+    """Of the rows as they were read, before the split: by the split that the data brings them as."""
+    is_given: frozenset[str]
+    """The splits that the data brings itself."""
     findings: tuple[str, ...]
     """For people, a line each: what was left out, cut off or written in another way."""
     fingerprint: str
@@ -37,99 +58,186 @@ class Prepared:
     """For the screen: `expert.jsonl`."""
 
 
+@dataclass(frozen=True)
+class TokenizedSplit:
+    """The rows of a split as the data brings it."""
+
+    rows: TokenRows
+    content: HashArray
+    """uint64 [N]: hash of what each row says."""
+    digest: HashArray
+    """uint64 [N]: hash of each row's tokens and targets."""
+    columns: Mapping[str, HashArray | None]
+    """The fields of `RowKeys` that do not depend on the seed."""
+    inspection: Inspection
+
+    def keys(self, *, seed: int) -> RowKeys:
+        columns: dict[str, Any] = dict(self.columns)
+        return RowKeys(position=positions(self.content, seed=seed), **columns)
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """A data set's rows before they are split."""
+
+    arrays: Mapping[str, Array]
+    """`train-ids`, …: by split and by column, as `data.pipeline.COLUMNS` says."""
+    inspections: Mapping[str, Inspection]
+    files: Mapping[str, str]
+    """Split -> name of the file that its rows were read from."""
+    findings: tuple[str, ...]
+    name: str
+
+    def split(self, name: str) -> TokenizedSplit:
+        """One of `inspections`."""
+        start = f"{name}-"
+        columns = {key.removeprefix(start): array for key, array in self.arrays.items() if key.startswith(start)}
+        numbers = columns["numbers"]
+        origin = Origins((self.files[name],), np.zeros(len(numbers), np.int32), numbers)
+        rows = TokenRows.over(columns["ids"], columns["targets"], columns["lengths"], origin)
+        keys = {key: columns.get(key) for key in ("equal", "prompt", "answer", "group", "stratum", "signature")}
+        return TokenizedSplit(rows, columns["content"], columns["digest"], keys, self.inspections[name])
+
+
 def load_data(config: DataConfig, tokenizer: Tokenizer, *, seed: int) -> Prepared:
     """Reads, converts, tokenises and splits a data set. A split that the data brings goes before the ratios.
 
     Raises:
         UserError: anything in the data or in `config` that a person has to mend; see the other modules.
     """
+    return split_data(tokenize_data(config, tokenizer), config, seed=seed)
+
+
+def tokenize_data(config: DataConfig, tokenizer: Tokenizer, *, folder: Path | None = None) -> TokenizedData:
+    """Reads, converts and tokenises a data set, in bounded memory if there is a folder for what is large.
+
+    Raises:
+        UserError: anything in the data or in `config` that a person has to mend; see the other modules.
+    """
     bad = BadRows(skip=config.skip_bad)
-    source = read_source(config.path, bad)
-    examples, findings = parse_rows(source.splits, name=source.name, fields=config.fields, bad=bad)
-    renderer = Renderer(tokenizer)
-    tokenized = {
-        split: tokenize_examples(some, renderer, max_tokens=config.max_tokens, train_on=config.train_on)
-        for split, some in examples.items()
-    }
-    findings = [*bad.findings(), *findings, *_left_out(tokenized, config.max_tokens), *renderer.findings()]
-    for split, part in tokenized.items():
-        if not len(part.rows):
-            raise UserError(f"{config.path}: no usable {split} row: {findings[0]}", hint=_hint(bad))
-    splits = _split(tokenized, config, seed, findings)
-    return Prepared(
-        train=splits["train"],
-        validation=splits["validation"],
-        test=splits["test"],
-        findings=tuple(findings),
-        fingerprint=_fingerprint(splits, config),
-        name=source.name,
+    source = open_source(config.path)
+    counted = _Counted(source, bad)
+    parser = survey(counted, name=source.name, fields=config.fields, group=config.group, stratify=config.stratify)
+    settings = ChunkSettings(
+        parser, config.max_tokens, config.train_on, config.skip_bad, config.near_duplicates is not None
     )
+    done = convert_source(source, settings, tokenizer, num_rows=counted.num_rows, bad=bad, folder=folder)
+    found = findings(done.told, Renderer(tokenizer), max_tokens=config.max_tokens)
+    for split in source.splits:
+        if not len(done.arrays[f"{split}-lengths"]):
+            raise UserError(f"{config.path}: no usable {split} row: {found[0]}", hint=_hint(bad))
+    files = {split: PurePath(file).name for split, file in done.files.items()}
+    return TokenizedData(done.arrays, done.inspections, files, tuple(found), source.name)
+
+
+class _Counted:
+    """Goes over the rows of a source once, and counts them."""
+
+    def __init__(self, source: Source, bad: BadRows) -> None:
+        self._rows = source.read(bad)
+        self.num_rows = 0
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self._rows:
+            self.num_rows += 1
+            yield row
 
 
 def _hint(bad: BadRows) -> str:
     return SKIP_HINT.partition(",")[0] if bad.num_rows else "raise data.max_tokens, or shorten the prompts"
 
 
-def _left_out(tokenized: Mapping[str, Tokenized], max_tokens: int) -> list[str]:
-    found = []
-    if num_truncated := sum(part.num_truncated for part in tokenized.values()):
-        found.append(f"{count(num_truncated, 'row')} cut off at data.max_tokens {max_tokens}")
-    empty = [place for part in tokenized.values() for place in part.without_targets]
-    if empty:
-        why = f"no target within the first {max_tokens} tokens (data.max_tokens)"
-        found.append(f"{count(len(empty), 'row')} left out, {why}: {and_more(empty, len(empty))}")
-    unplaced = [place for part in tokenized.values() for place in part.unplaced]
-    if unplaced:
-        why = "the chat template changes an answer, which then can't be found in its text"
-        found.append(f"{count(len(unplaced), 'row')} left out, {why}: {and_more(unplaced, len(unplaced))}")
-    return found
+def split_data(data: TokenizedData, config: DataConfig, *, seed: int) -> Prepared:
+    """Train, validation and test rows: what the data brings, and the rest cut from its training rows.
 
-
-def _split(
-    tokenized: Mapping[str, Tokenized], config: DataConfig, seed: int, findings: list[str]
-) -> dict[str, TokenRows]:
-    """Train, validation and test rows: what the data brings, and the rest cut from its training rows."""
-    if "validation" not in tokenized and config.validation == 0:
+    Raises:
+        UserError: a split would have no rows.
+    """
+    if "validation" not in data.inspections and config.validation == 0 and config.folds is None:
         raise UserError(
             f"data.validation is 0 and {config.path} brings no validation rows: overfitting could not be seen",
             hint="set data.validation, such as 0.2, or give a folder with a valid file",
         )
-    given = {split: part.rows for split, part in tokenized.items() if split != "train"}
-    if "validation" in given and "test" in given:
-        kept = _without_copies("validation", given["validation"], [given["test"]], findings)
-        given["validation"] = given["validation"].select(kept).renumbered()
-    train = tokenized["train"]
-    kept = _without_copies("training", train.rows, given.values(), findings)
-    rows = train.rows.select(kept).renumbered()
-    if extra := num_copies(rows):
-        findings.append(f"{count(extra, 'training row')} the same as another; copies stay on one side of the split")
+    if "validation" in data.inspections and config.folds is not None:
+        raise UserError(
+            f"data.folds {config.folds}: {config.path} brings validation rows of its own",
+            hint="give data.path the training file alone",
+        )
+    found = list(data.findings)
+    parts = {name: _Part.of(data.split(name), seed) for name in data.inspections}
+    train = parts.pop("train")
+    if "validation" in parts and "test" in parts:
+        parts["validation"] = _without_copies("validation", parts["validation"], [parts["test"]], found)
+    train = _without_copies("training", train, list(parts.values()), found)
+    if extra := len(train.rows) - len(np.unique(train.keys.equal)):
+        found.append(f"{count(extra, 'training row')} the same as another; copies stay on one side of the split")
     cut = cut_rows(
-        rows,
-        [train.contents[index] for index in kept],
-        validation=0.0 if "validation" in given else config.validation,
-        test=0.0 if "test" in given else config.test,
+        train.keys,
+        validation=0.0 if "validation" in parts else config.validation,
+        test=0.0 if "test" in parts else config.test,
         seed=seed,
+        near_duplicates=config.near_duplicates,
+        folds=config.folds,
+        fold=config.fold,
     )
-    sides = {"train": cut.train, "validation": cut.validation, "test": cut.test}
-    return {side: given[side] if side in given else rows.select(sides[side]).renumbered() for side in sides}
+    sides = {side: parts.get(side) or train.select(getattr(cut, side)) for side in SPLITS}
+    return Prepared(
+        train=sides["train"].rows,
+        validation=sides["validation"].rows,
+        test=sides["test"].rows,
+        keys={side: part.keys for side, part in sides.items()},
+        inspections=data.inspections,
+        is_given=frozenset(data.inspections),
+        findings=tuple(found),
+        fingerprint=_fingerprint(sides, config),
+        name=data.name,
+    )
 
 
-def _without_copies(side: str, rows: TokenRows, held_out: Iterable[TokenRows], findings: list[str]) -> list[int]:
-    """Indices of the rows that are not held out as well: files that overlap would make the gap look small."""
-    kept = rows_not_in(rows, held_out)
-    if not kept:
+@dataclass(frozen=True)
+class _Part:
+    """Some rows with what is known of them."""
+
+    rows: TokenRows
+    keys: RowKeys
+    digest: HashArray
+
+    @classmethod
+    def of(cls, split: TokenizedSplit, seed: int) -> _Part:
+        return cls(split.rows, split.keys(seed=seed), split.digest)
+
+    def select(self, indices: Sequence[int] | IntArray) -> _Part:
+        chosen = np.asarray(indices, np.int64)
+        return _Part(self.rows.select(chosen).renumbered(), self.keys.select(chosen), self.digest[chosen])
+
+
+def _without_copies(side: str, part: _Part, held_out: Sequence[_Part], found: list[str]) -> _Part:
+    """The rows that are not held out as well: files that overlap would make the gap look small."""
+    is_copy = np.zeros(len(part.rows), np.bool_)
+    for other in held_out:
+        is_copy |= _among(part, other)
+    if is_copy.all():
         raise UserError(f"every {side} row is also in another file of the data", hint="give the files different rows")
-    if len(kept) < len(rows):
-        num = len(rows) - len(kept)
-        findings.append(f"{count(num, f'{side} row')} left out: the same rows are held out in another file")
-    return kept
+    if not (num := int(np.count_nonzero(is_copy))):
+        return part
+    found.append(f"{count(num, f'{side} row')} left out: the same rows are held out in another file")
+    return part.select(np.flatnonzero(~is_copy))
 
 
-def _fingerprint(splits: Mapping[str, TokenRows], config: DataConfig) -> str:
+def _among(part: _Part, other: _Part) -> npt.NDArray[np.bool_]:
+    """bool [N]: which rows have the tokens of a row of `other`. Where the hashes agree, the tokens are compared."""
+    rising = np.argsort(other.keys.equal, kind="stable")
+    hashes = other.keys.equal[rising]
+    found = np.isin(part.keys.equal, hashes)
+    for index in np.flatnonzero(found).tolist():
+        twin = int(rising[np.searchsorted(hashes, part.keys.equal[index])])
+        found[index] = np.array_equal(part.rows.ids[index], other.rows.ids[twin])
+    return found
+
+
+def _fingerprint(sides: Mapping[str, _Part], config: DataConfig) -> str:
     digest = hashlib.sha256(json.dumps([_FORMAT, config.max_tokens, config.train_on]).encode())
-    for split, rows in splits.items():
-        digest.update(json.dumps([split, rows.lengths.tolist()]).encode())
-        for ids, is_target in zip(rows.ids, rows.is_target, strict=True):
-            digest.update(ids.astype("<i4").tobytes())
-            digest.update(np.packbits(is_target).tobytes())
+    for side, part in sides.items():
+        digest.update(json.dumps([side, len(part.rows)]).encode())
+        digest.update(part.digest.astype("<u8").tobytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from core.errors import UserError
@@ -15,6 +15,10 @@ ROLES = ("system", "user", "assistant")
 LABELS = ("entailment", "neutral", "contradiction")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 _MISSING: Final = object()
+_NUM_COLUMNS = 20
+"""Columns that a message names."""
+_NUM_SHAPES = 1000
+"""Different sets of columns that are remembered; rows of more are looked at one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,14 @@ class Example:
     text: str | None = None
     is_pair: bool = False
     """Made of a prompt and a completion, not of a chat: matters where there is no chat template."""
+    group: str | None = None
+    """Value of `data.group`'s column, as text: rows that share it stay on one side of the split."""
+    stratum: str | None = None
+    """Value of `data.stratify`'s column, as text."""
+    label: str | None = None
+    """Of a premise and a hypothesis, `entailment`, …; in other formats what `data.stratify` gives."""
+    own_text: str | None = None
+    """What the row itself says, where we put it into a template of ours; `data.near` judges copies by it."""
 
     @property
     def content(self) -> str:
@@ -194,7 +206,9 @@ def _nli(reader: _Reader) -> Example:
         f"Premise: {premise}\nHypothesis: {hypothesis}\n\n"
         f"Answer with a JSON object that has {keys}."
     )
-    return _pair(reader, prompt, json.dumps(answer, ensure_ascii=False))
+    example = _pair(reader, prompt, json.dumps(answer, ensure_ascii=False))
+    own_text = "\n".join((premise, hypothesis, explanation))
+    return replace(example, label=LABELS[_label(reader)], own_text=own_text)
 
 
 def _explanation(reader: _Reader) -> str:
@@ -252,97 +266,215 @@ FORMATS = (
 """In the order of preference for rows that fit several."""
 
 
+@dataclass(frozen=True)
+class RowParser:
+    """Makes examples of a data set's rows, one by one; `survey` finds which way. It can be sent to another process."""
+
+    format_name: str
+    fields: Mapping[str, str]
+    group: str | None = None
+    stratify: str | None = None
+
+    def parse(self, rows: Iterable[Row], bad: BadRows) -> tuple[list[Example], int]:
+        """Examples of the rows, and how many of them ended with a question, which was left out.
+
+        Raises:
+            UserError: (unless `bad.skip`) a row with a field that is missing, empty or not text, or with messages out
+                of order.
+        """
+        convert = next(format_.convert for format_ in FORMATS if format_.name == self.format_name)
+        examples: list[Example] = []
+        num_trimmed = 0
+        for row in rows:
+            try:
+                whole = convert(_Reader(row, self.fields))
+            except _BadRowError as problem:
+                bad.add(row.place, str(problem))
+                continue
+            example = _without_last_question(whole)
+            num_trimmed += example is not whole
+            examples.append(self._labelled(example, row))
+        return examples, num_trimmed
+
+    def _labelled(self, example: Example, row: Row) -> Example:
+        if self.group is None and self.stratify is None:
+            return example
+        group, stratum = (column and _as_text(lookup(row.values, column)) for column in (self.group, self.stratify))
+        return replace(example, group=group, stratum=stratum, label=example.label or stratum)
+
+
 def parse_rows(
-    splits: Mapping[str, Sequence[Row]], *, name: str, fields: Mapping[str, str], bad: BadRows
+    splits: Mapping[str, Sequence[Row]],
+    *,
+    name: str,
+    fields: Mapping[str, str],
+    bad: BadRows,
+    group: str | None = None,
+    stratify: str | None = None,
 ) -> tuple[dict[str, list[Example]], list[str]]:
     """Examples by split, and findings. All rows must be of one format, which is detected over all of them.
 
     Raises:
-        UserError: an unknown role or column in `fields`, no known format, mixed formats, or (unless `bad.skip`) a row
-            with a field that is missing, empty or not text, or with messages out of order.
+        UserError: as `survey` and `RowParser.parse`.
     """
-    readers = {split: [_Reader(row, fields) for row in rows] for split, rows in splits.items()}
-    everything = [reader for some in readers.values() for reader in some]
-    candidates = _candidates(fields, everything, name)
-    format_ = _detect(candidates, everything, name)
-    for reader in everything:
-        _refuse_mixed(format_, reader, candidates)
-    examples = {split: _convert(format_, some, bad) for split, some in readers.items()}
-    findings = []
-    num_trimmed = 0
-    for split, some in examples.items():
-        examples[split] = [_without_last_question(example) for example in some]
-        num_trimmed += sum(a is not b for a, b in zip(some, examples[split], strict=True))
-    if num_trimmed:
-        whose = count(num_trimmed, "conversation")
-        findings.append(f"{whose} ended with a question, which was left out")
-    return examples, findings
+    everything = (row for rows in splits.values() for row in rows)
+    parser = survey(everything, name=name, fields=fields, group=group, stratify=stratify)
+    parsed = {split: parser.parse(rows, bad) for split, rows in splits.items()}
+    num_trimmed = sum(trimmed for _, trimmed in parsed.values())
+    return {split: examples for split, (examples, _) in parsed.items()}, trimmed_findings(num_trimmed)
 
 
-def _convert(format_: Format, readers: Iterable[_Reader], bad: BadRows) -> list[Example]:
-    examples = []
-    for reader in readers:
-        try:
-            examples.append(format_.convert(reader))
-        except _BadRowError as problem:
-            bad.add(reader.row.place, str(problem))
-    return examples
+def trimmed_findings(num_trimmed: int) -> list[str]:
+    """What is said of conversations that ended with a question."""
+    return [f"{count(num_trimmed, 'conversation')} ended with a question, which was left out"] if num_trimmed else []
+
+
+def survey(
+    rows: Iterable[Row], *, name: str, fields: Mapping[str, str], group: str | None = None, stratify: str | None = None
+) -> RowParser:
+    """Finds the format that the rows are of; goes over them once and keeps none.
+
+    Args:
+        name: of the data set, for messages.
+        fields: role -> column.
+        group: column of `Example.group`.
+        stratify: column of `Example.stratum`.
+
+    Raises:
+        UserError: an unknown role or column in `fields`, no known format, mixed formats, or a column `group` or
+            `stratify` that no row has.
+    """
+    seen = _Survey(fields, group, stratify)
+    for row in rows:
+        seen.add(row)
+    seen.check_fields(name)
+    format_ = seen.detect(name)
+    seen.refuse_mixed(format_)
+    seen.check_columns(name)
+    return RowParser(format_.name, dict(fields), group, stratify)
 
 
 def _without_last_question(example: Example) -> Example:
     if not example.messages or example.messages[-1].role == "assistant":
         return example
-    return Example(example.place, example.origin, messages=example.messages[:-1])
+    return replace(example, messages=example.messages[:-1])
 
 
-def _candidates(fields: Mapping[str, str], readers: Sequence[_Reader], name: str) -> tuple[Format, ...]:
-    """The formats that have all the roles of `fields`."""
-    known = list(dict.fromkeys(role for format_ in FORMATS for role in format_.roles))
-    for role in fields:
-        if role not in known:
-            near = difflib.get_close_matches(role, known, n=1)
-            did_you = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"data.fields: {role!r} is not a role", hint=f"{did_you}roles: {', '.join(known)}")
-    for role, column in fields.items():
-        if not any(reader.has(role) for reader in readers):
-            raise UserError(
-                f"data.fields: {role} is said to be in column {column!r}, which no row of {name} has",
-                hint=f"columns: {_columns(readers)}",
-            )
-    candidates = tuple(format_ for format_ in FORMATS if fields.keys() <= set(format_.roles))
-    if not candidates:
-        ways = "; ".join(", ".join(format_.roles) for format_ in FORMATS)
-        raise UserError(f"data.fields: no format has all of {', '.join(fields)}", hint=f"choose from: {ways}")
-    return candidates
+def _as_text(value: object) -> str | None:
+    if value is _MISSING or value is None:
+        return None
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
-def _columns(readers: Iterable[_Reader]) -> str:
-    names = list(dict.fromkeys(column for reader in readers for column in reader.row.values))
-    return ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What matters of the columns that a row has."""
+
+    fits: tuple[bool, ...]
+    """By format."""
+    instead: tuple[str | None, ...]
+    """By format: the other format that a row fits which has nothing of this one."""
+    wanted: frozenset[str]
+    """Those of the columns that the settings name."""
 
 
-def _detect(candidates: Sequence[Format], readers: Sequence[_Reader], name: str) -> Format:
-    """The first format that half of the readable rows fit, else the one that most fit."""
-    fitting = {format_.name: sum(format_.fits(reader) for reader in readers) for format_ in candidates}
-    num_readable = sum(any(format_.fits(reader) for format_ in candidates) for reader in readers)
-    if not num_readable:
-        raise UserError(
-            f"{name}: its columns ({_columns(readers)}) are of no known format",
-            hint="say which is which: --set 'data.fields={prompt: question, completion: answer}'",
+class _Survey:
+    """What the rows of a data set look like, counted one by one."""
+
+    def __init__(self, fields: Mapping[str, str], group: str | None, stratify: str | None) -> None:
+        self.fields = fields
+        self._named = {f"data.{name}": column for name, column in (("group", group), ("stratify", stratify)) if column}
+        self._wanted = {*fields.values(), *self._named.values()}
+        self._by_columns = not any("." in column for column in self._wanted)
+        self._shapes: dict[tuple[str, ...], _Shape] = {}
+        self.candidates = tuple(format_ for format_ in FORMATS if fields.keys() <= set(format_.roles))
+        self.num_fitting = [0] * len(self.candidates)
+        self.num_readable = 0
+        self.columns: dict[str, None] = {}
+        """The first few, in the order in which they come."""
+        self.found: set[str] = set()
+        """Columns of the settings that a row has."""
+        self.first_mixed: dict[str, tuple[str, str]] = {}
+        """Format -> place of the first row that has nothing of it and all of another, and which."""
+
+    def add(self, row: Row) -> None:
+        shape = self._shape(row)
+        self.num_readable += any(shape.fits)
+        self.found |= shape.wanted
+        for index, format_ in enumerate(self.candidates):
+            self.num_fitting[index] += shape.fits[index]
+            instead = shape.instead[index]
+            if instead is not None and format_.name not in self.first_mixed:
+                self.first_mixed[format_.name] = row.place, instead
+
+    def _shape(self, row: Row) -> _Shape:
+        """Rows with the same columns share it, unless a path reaches into the row."""
+        columns = tuple(row.values)
+        shape = self._shapes.get(columns) if self._by_columns else None
+        if shape is None:
+            if len(self.columns) <= _NUM_COLUMNS:
+                self.columns |= dict.fromkeys(columns)
+            shape = self._look(_Reader(row, self.fields))
+            if len(self._shapes) < _NUM_SHAPES:
+                self._shapes[columns] = shape
+        return shape
+
+    def _look(self, reader: _Reader) -> _Shape:
+        fitting = [format_ for format_ in self.candidates if format_.fits(reader)]
+        return _Shape(
+            tuple(format_ in fitting for format_ in self.candidates),
+            tuple(
+                fitting[0].name if fitting and not any(map(reader.has, format_.required)) else None
+                for format_ in self.candidates
+            ),
+            frozenset(column for column in self._wanted if lookup(reader.row.values, column) is not _MISSING),
         )
-    for format_ in candidates:
-        if 2 * fitting[format_.name] >= num_readable:
-            return format_
-    return max(candidates, key=lambda format_: fitting[format_.name])
 
+    def check_fields(self, name: str) -> None:
+        known = list(dict.fromkeys(role for format_ in FORMATS for role in format_.roles))
+        for role in self.fields:
+            if role not in known:
+                near = difflib.get_close_matches(role, known, n=1)
+                did_you = f"did you mean {near[0]}? " if near else ""
+                raise UserError(f"data.fields: {role!r} is not a role", hint=f"{did_you}roles: {', '.join(known)}")
+        for role, column in self.fields.items():
+            if column not in self.found:
+                raise UserError(
+                    f"data.fields: {role} is said to be in column {column!r}, which no row of {name} has",
+                    hint=f"columns: {self._listed()}",
+                )
+        if not self.candidates:
+            ways = "; ".join(", ".join(format_.roles) for format_ in FORMATS)
+            raise UserError(f"data.fields: no format has all of {', '.join(self.fields)}", hint=f"choose from: {ways}")
 
-def _refuse_mixed(format_: Format, reader: _Reader, candidates: Sequence[Format]) -> None:
-    """A row that has nothing of the format and all of another is no slip of the pen."""
-    if any(reader.has(role) for role in format_.required):
-        return
-    for other in candidates:
-        if other.fits(reader):
+    def check_columns(self, name: str) -> None:
+        for setting, column in self._named.items():
+            if column not in self.found:
+                raise UserError(
+                    f"{setting}: no row of {name} has a column {column!r}", hint=f"columns: {self._listed()}"
+                )
+
+    def detect(self, name: str) -> Format:
+        """The first format that half of the readable rows fit, else the one that most fit."""
+        if not self.num_readable:
             raise UserError(
-                f"{reader.row.place}: has {other.name}, where the other rows have {format_.name}",
+                f"{name}: its columns ({self._listed()}) are of no known format",
+                hint="say which is which: --set 'data.fields={prompt: question, completion: answer}'",
+            )
+        for format_, num in zip(self.candidates, self.num_fitting, strict=True):
+            if 2 * num >= self.num_readable:
+                return format_
+        return self.candidates[self.num_fitting.index(max(self.num_fitting))]
+
+    def refuse_mixed(self, format_: Format) -> None:
+        """A row that has nothing of the format and all of another is no slip of the pen."""
+        if format_.name in self.first_mixed:
+            place, other = self.first_mixed[format_.name]
+            raise UserError(
+                f"{place}: has {other}, where the other rows have {format_.name}",
                 hint="put rows of one format in a file",
             )
+
+    def _listed(self) -> str:
+        names = list(self.columns)
+        return ", ".join(names[:_NUM_COLUMNS]) + (", …" if len(names) > _NUM_COLUMNS else "")

@@ -1,4 +1,8 @@
-"""Files, folders and hub data sets -> rows that know where they came from."""
+"""Files, folders and hub data sets -> rows that know where they came from.
+
+Rows are read one by one, as often as somebody goes over them; only a `.json` file, and a compressed Parquet file, is in
+memory as a whole.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import IO, Any, Protocol, cast
 
 from core.errors import UserError
 
@@ -27,6 +32,8 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
 SKIP_HINT = "fix the line, or leave such rows out with --set data.skip_bad=true"
 KINDS = "JSONL (.jsonl, .ndjson), JSON, CSV, TSV and Parquet"
 _NUM_NAMED = 3
+_BATCH = 256
+"""Rows of a Parquet file that are made Python objects at a time."""
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
@@ -53,12 +60,49 @@ class Row:
         return f"{PurePath(self.file).name}:{self.number}"
 
 
+class Rows(Protocol):
+    """The rows of a split, read as they are asked for."""
+
+    def read(self, bad: BadRows) -> Iterator[Row]:
+        """Goes over the rows once. Raises `UserError`: not readable, or (unless `bad.skip`) a row that is no object."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """On the disk; 0 where that is not known."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """The rows of a data set by split: `train`, and `validation` and `test` where the source brings them."""
 
     name: str
-    splits: Mapping[str, list[Row]]
+    splits: Mapping[str, Rows]
+    path: str
+    """As the user named it."""
+
+    def read(self, bad: BadRows) -> Iterator[Row]:
+        """All rows of all splits.
+
+        Raises:
+            UserError: as `Rows.read`, or at the end, a split without rows.
+        """
+        empty = []
+        for split, rows in self.splits.items():
+            row = None
+            for row in rows.read(bad):
+                yield row
+            if row is None:
+                empty.append(split)
+        if empty:
+            where = self.path if len(self.splits) == 1 else f"{self.path} ({empty[0]})"
+            left_out = f" ({and_more(bad.named, bad.num_rows)})" if bad.num_rows else ""
+            raise UserError(f"{where}: no rows{left_out}", hint="give a file with one row a line")
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(rows.num_bytes for rows in self.splits.values())
 
 
 class BadRows:
@@ -73,9 +117,12 @@ class BadRows:
         """Raises `UserError` unless bad rows are to be left out."""
         if not self.skip:
             raise UserError(f"{place}: {what}", hint=SKIP_HINT)
-        self.num_rows += 1
-        if len(self.named) < _NUM_NAMED:
-            self.named.append(f"{place}: {what}")
+        self.merge(1, [f"{place}: {what}"])
+
+    def merge(self, num_rows: int, named: Iterable[str]) -> None:
+        """Adds what was found in later rows."""
+        self.num_rows += num_rows
+        self.named = [*self.named, *named][:_NUM_NAMED]
 
     def findings(self) -> list[str]:
         if not self.num_rows:
@@ -108,34 +155,29 @@ def describe(value: object) -> str:
     return "a list" if isinstance(value, list | tuple) else "an object"
 
 
-def read_source(path: str, bad: BadRows) -> Source:
-    """Reads a file, a folder with train/valid/test files, or a hub data set (`owner/name`, `owner/name:config`).
+def open_source(path: str) -> Source:
+    """A file, a folder with train/valid/test files, or a hub data set (`owner/name`, `owner/name:config`).
 
     Raises:
-        UserError: not found, not readable, no rows, or (unless `bad.skip`) a row that is not a JSON object.
+        UserError: not found, or not of a kind that can be read.
     """
     local = Path(path).expanduser()
     if local.is_dir():
-        source = _read_folder(local, path, bad)
-    elif local.exists():
-        source = Source(local.name, {"train": _read_file(local, path, bad)})
-    elif _looks_like_path(path):
+        return _open_folder(local, path)
+    if local.exists():
+        return Source(local.name, {"train": _open_file(local, path)}, path)
+    if _looks_like_path(path):
         raise _not_found(local, path)
-    else:
-        source = _read_hub(path)
-    for split, rows in source.splits.items():
-        if not rows:
-            where = path if len(source.splits) == 1 else f"{path} ({split})"
-            left_out = f" ({and_more(bad.named, bad.num_rows)})" if bad.num_rows else ""
-            raise UserError(f"{where}: no rows{left_out}", hint="give a file with one row a line")
-    return source
+    from data.hub import open_hub
+
+    return open_hub(path)
 
 
 def source_fingerprint(path: str) -> str | None:
-    """SHA-256, in hex, of the content and name of what `read_source` would read; None where that is not to be had.
+    """SHA-256, in hex, of the content and name of what `open_source` would read; None where that is not to be had.
 
     Raises:
-        UserError: as `read_source`, for a folder or a hub data set.
+        UserError: as `open_source`, for a folder or a hub data set.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -146,12 +188,19 @@ def source_fingerprint(path: str) -> str | None:
     elif _looks_like_path(path):
         return None
     else:
-        return _hub_fingerprint(path)
+        from data.hub import hub_fingerprint
+
+        return hub_fingerprint(path)
     try:
-        parts = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
+        parts = [[file.name, _sha256(file)] for file in files]
     except OSError:
         return None
     return hashlib.sha256(json.dumps([local.resolve().name, parts]).encode()).hexdigest() if parts else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _looks_like_path(path: str) -> bool:
@@ -173,7 +222,7 @@ def _not_found(local: Path, path: str) -> UserError:
 # Folders
 
 
-def _read_folder(folder: Path, shown: str, bad: BadRows) -> Source:
+def _open_folder(folder: Path, shown: str) -> Source:
     found = {split: _split_file(folder, split) for split in SPLIT_NAMES}
     if found["train"] is None:
         names = sorted(entry.name for entry in folder.iterdir())
@@ -183,11 +232,9 @@ def _read_folder(folder: Path, shown: str, bad: BadRows) -> Source:
             hint="name one train.jsonl (or .json, .csv, .tsv, .parquet), or give data.path a file",
         )
     splits = {
-        split: _read_file(file, str(PurePath(shown) / file.name), bad)
-        for split, file in found.items()
-        if file is not None
+        split: _open_file(file, str(PurePath(shown) / file.name)) for split, file in found.items() if file is not None
     }
-    return Source(folder.resolve().name, splits)
+    return Source(folder.resolve().name, splits, shown)
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
@@ -208,6 +255,10 @@ def _split_file(folder: Path, split: str) -> Path | None:
 # Files
 
 
+Reader = Callable[[IO[bytes], str, BadRows], Iterator[Row]]
+"""From content, the file's name for messages, and what becomes of bad rows."""
+
+
 def _kind(path: PurePath) -> str:
     """The suffix that decides the format: `.jsonl` for `rows.jsonl.gz` as well."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -216,32 +267,52 @@ def _kind(path: PurePath) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _read_file(file: Path, shown: str, bad: BadRows) -> list[Row]:
-    reader = _READERS.get(_kind(file))
-    if reader is None:
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """The rows of a file."""
+
+    file: Path
+    shown: str
+
+    def read(self, bad: BadRows) -> Iterator[Row]:
+        """As `Rows.read`."""
+        with _opened(self.file, self.shown) as content:
+            yield from _READERS[_kind(self.file)](content, self.shown, bad)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.file.stat().st_size
+
+
+def _open_file(file: Path, shown: str) -> FileRows:
+    if _kind(file) not in _READERS:
         raise UserError(
             f"{shown}: {file.suffix or 'no file extension'} is not a format that can be read",
             hint=f'convert it to one of {KINDS}; plain text as JSONL lines of the form {{"text": "…"}}',
         )
-    return reader(_read_bytes(file, shown), shown, bad)
+    return FileRows(file, shown)
 
 
-def _read_bytes(file: Path, shown: str) -> bytes:
+@contextmanager
+def _opened(file: Path, shown: str) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed, behind a byte order mark. Raises `UserError`: not readable, or UTF-16."""
     try:
-        content = file.read_bytes()
+        with open(file, "rb") as raw:
+            is_packed = file.suffix.lower() == ".gz"
+            content = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw))) if is_packed else raw
+            start = content.peek(3)[:3]
+            if start.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in start[:2]:
+                raise UserError(
+                    f"{shown}: is UTF-16, not UTF-8",
+                    hint=f"convert it: iconv -f UTF-16 -t UTF-8 {shown} > utf8-{file.name}",
+                )
+            if start == b"\xef\xbb\xbf":
+                content.read(3)
+            yield content
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise UserError(f"{shown}: not a whole gzip file", hint="download or compress it again") from None
     except OSError as error:
         raise UserError(f"{shown}: can't be read ({error.strerror})", hint="check the file's permissions") from None
-    if file.suffix.lower() == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error):
-            raise UserError(f"{shown}: not a whole gzip file", hint="download or compress it again") from None
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in content[:2]:
-        raise UserError(
-            f"{shown}: is UTF-16, not UTF-8",
-            hint=f"convert it: iconv -f UTF-16 -t UTF-8 {shown} > utf8-{file.name}",
-        )
-    return content.removeprefix(b"\xef\xbb\xbf")
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
@@ -249,25 +320,23 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 (byte 0x{byte:02x} at byte {error.start + 1} of the line)"
 
 
-def _decode(content: bytes, shown: str) -> str:
+def _refuse_other_encodings(lines: Iterable[bytes], shown: str) -> None:
     """Raises `UserError` with the line that is not UTF-8."""
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             line.decode()
         except UnicodeDecodeError as error:
             raise UserError(f"{shown}, line {number}: {_not_utf8(error)}", hint="save the file as UTF-8") from None
-    return content.decode()
 
 
-def _read_jsonl(content: bytes, shown: str, bad: BadRows) -> list[Row]:
-    rows: list[Row] = []
-    # Only \n ends a line: JSON strings may hold U+2028, at which str.splitlines would cut.
-    for number, line in enumerate(content.split(b"\n"), start=1):
+def _read_jsonl(content: IO[bytes], shown: str, bad: BadRows) -> Iterator[Row]:
+    # Only \n ends a line of bytes: JSON strings may hold U+2028, at which str.splitlines would cut.
+    for number, line in enumerate(content, start=1):
         if not line.strip():
             continue
         place = f"{shown}, line {number}"
         try:
-            value = json.loads(line.decode())
+            value = json.loads(line.removesuffix(b"\n").decode())
         except UnicodeDecodeError as error:
             bad.add(place, _not_utf8(error))
         except json.JSONDecodeError as error:
@@ -277,8 +346,16 @@ def _read_jsonl(content: bytes, shown: str, bad: BadRows) -> list[Row]:
         except ValueError:
             bad.add(place, "not JSON that can be read (a number of thousands of digits)")
         else:
-            _append(rows, value, Row({}, shown, number), bad)
-    return rows
+            yield from _objects(value, shown, number, "line", bad)
+
+
+def _objects(value: object, shown: str, number: int, unit: str, bad: BadRows) -> Iterator[Row]:
+    """The row that a value is, or none."""
+    row = Row(value if isinstance(value, dict) else {}, shown, number, unit)
+    if isinstance(value, dict):
+        yield row
+    else:
+        bad.add(row.place, f"{describe(value)}, not an object with fields")
 
 
 def _json_problem(error: json.JSONDecodeError) -> str:
@@ -286,32 +363,26 @@ def _json_problem(error: json.JSONDecodeError) -> str:
     return f"{message} at column {error.colno}"
 
 
-def _append(rows: list[Row], value: object, at: Row, bad: BadRows) -> None:
-    if isinstance(value, dict):
-        rows.append(Row(value, at.file, at.number, at.unit))
-    else:
-        bad.add(at.place, f"{describe(value)}, not an object with fields")
-
-
-def _read_json(content: bytes, shown: str, bad: BadRows) -> list[Row]:
-    text = _decode(content, shown)
+def _read_json(content: IO[bytes], shown: str, bad: BadRows) -> Iterator[Row]:
+    whole = content.read()
+    _refuse_other_encodings(whole.split(b"\n"), shown)
+    text = whole.decode()
     if not text.strip():
-        return []
+        return
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # many a .json file is JSONL
-            return _read_jsonl(content, shown, bad)
+            yield from _read_jsonl(io.BytesIO(whole), shown, bad)
+            return
         raise UserError(
             f"{shown}, line {error.lineno}: not JSON ({_json_problem(error)})",
             hint="fix the file, or name it .jsonl if it has one object a line",
         ) from None
     except RecursionError:
         raise UserError(f"{shown}: nested too deeply", hint="give a list of objects with text fields") from None
-    rows: list[Row] = []
     for number, item in enumerate(_only_list(value, shown), start=1):
-        _append(rows, item, Row({}, shown, number, "row"), bad)
-    return rows
+        yield from _objects(item, shown, number, "row", bad)
 
 
 def _only_list(value: object, shown: str) -> list[object]:
@@ -326,28 +397,31 @@ def _only_list(value: object, shown: str) -> list[object]:
     )
 
 
-def _read_table(delimiter: str) -> Callable[[bytes, str, BadRows], list[Row]]:
-    def read(content: bytes, shown: str, bad: BadRows) -> list[Row]:
+def _read_table(delimiter: str) -> Reader:
+    def read(content: IO[bytes], shown: str, bad: BadRows) -> Iterator[Row]:
         header: list[str] | None = None
-        rows: list[Row] = []
-        for number, cells in _records(_decode(content, shown), delimiter, shown):
-            if header is None:
-                header = [name.strip() for name in cells]
-            elif len(cells) != len(header):
-                place = f"{shown}, line {number}"
-                bad.add(place, f"{count(len(cells), 'cell')} for {count(len(header), 'column')}")
-            else:
-                rows.append(Row(dict(zip(header, cells, strict=True)), shown, number))
-        return rows
+        try:
+            for number, cells in _records(io.TextIOWrapper(content, "utf-8", newline=""), delimiter, shown):
+                if header is None:
+                    header = [name.strip() for name in cells]
+                elif len(cells) != len(header):
+                    place = f"{shown}, line {number}"
+                    bad.add(place, f"{count(len(cells), 'cell')} for {count(len(header), 'column')}")
+                else:
+                    yield Row(dict(zip(header, cells, strict=True)), shown, number)
+        except UnicodeDecodeError:
+            content.seek(0)
+            _refuse_other_encodings(content, shown)
+            raise
 
     return read
 
 
-def _records(text: str, delimiter: str, shown: str) -> Iterator[tuple[int, list[str]]]:
+def _records(lines: Iterable[str], delimiter: str, shown: str) -> Iterator[tuple[int, list[str]]]:
     """Line number of each record's first line, and its cells; blank lines left out."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is a long document
     # strict: an unclosed quotation mark is an error, not a cell with the rest of the file in it
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     first_line = 1
     try:
         for cells in reader:
@@ -361,24 +435,23 @@ def _records(text: str, delimiter: str, shown: str) -> Iterator[tuple[int, list[
         ) from None
 
 
-def _read_parquet(content: bytes, shown: str, bad: BadRows) -> list[Row]:
+def _read_parquet(content: IO[bytes], shown: str, bad: BadRows) -> Iterator[Row]:
     try:
-        import pandas as pd
-
-        frame = pd.read_parquet(io.BytesIO(content), dtype_backend="pyarrow")
+        from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{shown}: Parquet needs pandas and pyarrow", hint="pip install pandas pyarrow") from None
+        raise UserError(f"{shown}: Parquet needs pyarrow", hint="pip install pyarrow") from None
+    if not isinstance(content, io.BufferedReader) or not isinstance(content.raw, io.FileIO):
+        content = io.BytesIO(content.read())  # a compressed file is slow to jump about in
+    try:
+        batches = parquet.ParquetFile(content).iter_batches(_BATCH)
+        rows = (values for batch in batches for values in batch.to_pylist())
+        for number, values in enumerate(rows, start=1):
+            yield Row(values, shown, number, "row")
     except (OSError, ValueError) as error:
         raise UserError(f"{shown}: not Parquet ({error})", hint="download it again") from None
-    names = [str(name) for name in frame.columns]
-    columns = [[None if cell is pd.NA else cell for cell in frame[name]] for name in frame.columns]
-    return [
-        Row(dict(zip(names, cells, strict=True)), shown, number, "row")
-        for number, cells in enumerate(zip(*columns, strict=True), start=1)
-    ]
 
 
-_READERS: Mapping[str, Callable[[bytes, str, BadRows], list[Row]]] = {
+_READERS: Mapping[str, Reader] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
@@ -386,54 +459,3 @@ _READERS: Mapping[str, Callable[[bytes, str, BadRows], list[Row]]] = {
     ".tsv": _read_table("\t"),
     ".parquet": _read_parquet,
 }
-
-
-# The hub
-
-
-def _hub_fingerprint(path: str) -> str | None:
-    """Of what `datasets` has in its own cache, which tells its versions apart."""
-    loaded = _load_hub(path)
-    prints = {split: getattr(loaded[split], "_fingerprint", None) for split in loaded}
-    if None in prints.values():
-        return None
-    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
-
-
-def _load_hub(path: str) -> Any:
-    """A mapping of splits to rows. Raises `UserError` if there is no such data set."""
-    name, _, config = path.partition(":")
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"data.path: {path} is no file or folder here, and hub data sets need `datasets`",
-            hint="give a file that exists, or pip install datasets",
-        ) from None
-    try:
-        # Data files only: `datasets` runs no code from the hub since version 4.
-        return datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"data.path: {path} is no file or folder here, and the hub gave no data set ({reason})",
-            hint="check the spelling and the network; choose a configuration as owner/name:config",
-        ) from None
-
-
-def _read_hub(path: str) -> Source:
-    name, loaded = path.partition(":")[0], _load_hub(path)
-    splits: dict[str, list[Row]] = {}
-    for split, aliases in SPLIT_NAMES.items():
-        for alias in aliases:
-            if alias in loaded and split not in splits:
-                splits[split] = [
-                    Row(values, f"{name}/{alias}", number, "row")
-                    for number, values in enumerate(loaded[alias], start=1)
-                ]
-    if "train" not in splits:
-        raise UserError(
-            f"data.path: {path} has no train split (it has {', '.join(loaded)})",
-            hint="download the split you want and give data.path the file",
-        )
-    return Source(path, splits)

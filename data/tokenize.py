@@ -9,23 +9,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 from core.errors import UserError
 from core.protocols import TokenArray
-from data.batches import BoolArray, TokenRows
+from data.batches import BoolArray
 from data.formats import Example, Message
 from data.sources import count
+from data.token_rows import TokenRows
+
+if TYPE_CHECKING:
+    from data.check.inspection import Inspection
 
 _DATE = "26 Jul 2024"
 """Written for today's date by templates that ask for it (Llama's own default), so that rows are the same every day."""
 _FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{_DATE}{{%- endmacro -%}}"
 _CHUNK = 512
 """Rows in one call of the tokenizer: enough to keep its threads busy, few enough to fit in memory."""
+_CHUNK_CHARACTERS = 1 << 20
+"""Characters in one, about: an encoding takes some 100 bytes a token."""
 
 
 class Encoding(Protocol):
@@ -94,6 +99,23 @@ class Rendered:
     is_template: bool = False
 
 
+@dataclass(slots=True)
+class RenderCounts:
+    """What was done to rows that a person should know of."""
+
+    num_merged: int = 0
+    """System messages that went before the user's first."""
+    num_searched: int = 0
+    """Rows whose answers were found by their content."""
+    plain_layout: str = ""
+    """How rows are written where there is no chat template."""
+
+    def add(self, other: RenderCounts) -> None:
+        self.num_merged += other.num_merged
+        self.num_searched += other.num_searched
+        self.plain_layout = other.plain_layout or self.plain_layout
+
+
 class Renderer:
     """Examples -> text: with the tokenizer's chat template, or plainly where it has none."""
 
@@ -107,8 +129,7 @@ class Renderer:
         self.head, self.tail = self._around_answer() if self.has_template else ("", "")
         pieces = dict.fromkeys([self.tail, *self.tail.split()[:1]])
         self._tails = [re.compile(r"\s*" + re.escape(piece)) for piece in pieces if piece]
-        self.num_merged = self.num_searched = 0
-        self.plain_layout = ""
+        self.counts = RenderCounts()
 
     def render(self, example: Example) -> Rendered | None:
         """None where an answer can't be found in the template's text. Raises `UserError` if the template refuses."""
@@ -120,14 +141,14 @@ class Renderer:
 
     def findings(self) -> list[str]:
         found = []
-        if self.plain_layout:
-            found.append(f"the tokenizer has no chat template: {self.plain_layout}")
-        if self.num_merged:
-            rows = count(self.num_merged, "row")
+        if self.counts.plain_layout:
+            found.append(f"the tokenizer has no chat template: {self.counts.plain_layout}")
+        if self.counts.num_merged:
+            rows = count(self.counts.num_merged, "row")
             found.append(f"the chat template takes no system message: in {rows} it went before the user's first")
-        if self.num_searched:
+        if self.counts.num_searched:
             found.append(
-                f"{count(self.num_searched, 'row')}: the chat template's prompt is not the beginning of the "
+                f"{count(self.counts.num_searched, 'row')}: the chat template's prompt is not the beginning of the "
                 "whole text; answers were found by their content"
             )
         if self._options:
@@ -137,7 +158,7 @@ class Renderer:
         return found
 
     def _plain_pair(self, example: Example) -> Rendered:
-        self.plain_layout = "prompt and completion are joined as plain text"
+        self.counts.plain_layout = "prompt and completion are joined as plain text"
         prompt, completion = (turn.content for turn in example.messages)
         if not prompt[-1].isspace() and not completion[0].isspace():
             prompt += "\n"
@@ -146,7 +167,7 @@ class Renderer:
 
     def _plain_chat(self, example: Example) -> Rendered:
         """`<system>`, then `User:` and `Assistant:` lines with the text below; each answer has the end token."""
-        self.plain_layout = "messages are written under `User:` and `Assistant:` lines"
+        self.counts.plain_layout = "messages are written under `User:` and `Assistant:` lines"
         text = ""
         spans = []
         for turn in example.messages:
@@ -162,7 +183,7 @@ class Renderer:
     def _with_template(self, example: Example) -> Rendered | None:
         messages = example.messages
         if messages[0].role == "system" and not self.takes_system:
-            self.num_merged += 1
+            self.counts.num_merged += 1
             first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
             messages = (first, *messages[2:])
         answers = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
@@ -177,7 +198,7 @@ class Renderer:
         spans = self._spans(whole, messages, prompts)
         if spans is None:
             return None
-        self.num_searched += not all(whole.startswith(prompt) for prompt in prompts)
+        self.counts.num_searched += not all(whole.startswith(prompt) for prompt in prompts)
         return Rendered(whole, tuple(spans), is_template=True)
 
     def _template(self, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
@@ -277,11 +298,13 @@ def _template_errors() -> tuple[type[Exception], ...]:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """The rows of a split, and what became of the others."""
+    """Some rows of a split, and what became of the others."""
 
     rows: TokenRows
-    contents: list[str]
-    """`Example.content` of each row."""
+    examples: list[Example]
+    """What each of the rows was made of."""
+    inspection: Inspection
+    """Of all of them, those without a target included."""
     num_truncated: int
     without_targets: list[str]
     """Places of rows that were left out because truncation left no target."""
@@ -300,24 +323,35 @@ def tokenize_examples(
     Raises:
         UserError: the chat template refuses a row.
     """
-    ids, is_target, origin, contents = [], [], [], []
+    from data.check.inspection import Inspection
+
+    ids, is_target = [], []
+    kept: list[Example] = []
+    inspection = Inspection()
     unplaced: list[str] = []
     without_targets = []
     num_truncated = 0
+    eos = renderer.tokenizer.eos_token_id
     rendered = _render(examples, renderer, unplaced)
     for example, all_ids, marked in _encode(rendered, renderer.tokenizer):
-        row, targets = _end(all_ids, marked, eos=renderer.tokenizer.eos_token_id, train_on=train_on)
-        is_longer = len(row) > max_tokens
-        row, targets = row[:max_tokens], targets[:max_tokens]
-        if not targets.any():
+        row, targets = _end(all_ids, marked, eos=eos, train_on=train_on)
+        num_targets = int(np.count_nonzero(targets[:max_tokens]))
+        inspection.add(
+            example,
+            num_tokens=len(row),
+            num_targets=num_targets,
+            lost_targets=int(np.count_nonzero(targets[max_tokens:])),
+            has_end=eos is not None and eos in row[-2:],  # a template may write a line break behind it
+        )
+        if not num_targets:
             without_targets.append(example.place)
             continue
-        num_truncated += is_longer
-        ids.append(row)
-        is_target.append(targets)
-        origin.append(example.origin)
-        contents.append(example.content)
-    return Tokenized(TokenRows.of(ids, is_target, origin), contents, num_truncated, without_targets, unplaced)
+        num_truncated += len(row) > max_tokens
+        ids.append(row[:max_tokens])
+        is_target.append(targets[:max_tokens])
+        kept.append(example)
+    rows = TokenRows.of(ids, is_target, [example.origin for example in kept])
+    return Tokenized(rows, kept, inspection, num_truncated, without_targets, unplaced)
 
 
 def _render(examples: Iterable[Example], renderer: Renderer, unplaced: list[str]) -> Iterator[tuple[Example, Rendered]]:
@@ -333,7 +367,15 @@ def _encode(
     rendered: Iterator[tuple[Example, Rendered]], tokenizer: Tokenizer
 ) -> Iterator[tuple[Example, TokenArray, BoolArray]]:
     """Ids int32 [n] of every text, tokenised in chunks, and which of them overlap its spans, bool [n]."""
-    while chunk := list(islice(rendered, _CHUNK)):
+    chunk: list[tuple[Example, Rendered]] = []
+    num_characters = 0
+    for example, text in rendered:
+        chunk.append((example, text))
+        num_characters += len(text.text)
+        if len(chunk) == _CHUNK or num_characters >= _CHUNK_CHARACTERS:
+            yield from _encode_chunk(chunk, tokenizer)
+            chunk, num_characters = [], 0
+    if chunk:
         yield from _encode_chunk(chunk, tokenizer)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
-from core.config import RunConfig
+from core.config import DataConfig, RunConfig
 from core.errors import UserError
 from core.protocols import Batch, IntArray
 from data.batches import TokenRows, epoch_batches, eval_batches, padding_share
@@ -21,6 +23,8 @@ class RunData:
     """Implements `core.trainer.TrainingData` over prepared rows; every answer is a function of (seed, epoch)."""
 
     def __init__(self, prepared: Prepared, config: RunConfig) -> None:
+        if holds_nothing_out(config.data):
+            prepared = all_to_train(prepared)
         self._prepared = prepared
         self._seed = config.train.seed
         self._budget = config.train.batch_tokens
@@ -76,6 +80,13 @@ class RunData:
         more = f" and {len(names) - _NAMED_ROWS} more" if len(names) > _NAMED_ROWS else ""
         return ", ".join(names[:_NAMED_ROWS]) + more
 
+    def split_rows(self) -> Iterator[tuple[str, int, str]]:
+        """Split, number in the split and `file:line` of each row."""
+        prepared = self._prepared
+        for name, rows in (("train", prepared.train), ("validation", prepared.validation), ("test", prepared.test)):
+            for number in range(len(rows)):
+                yield name, number, rows.origin[number]
+
     @property
     def num_targets(self) -> int:
         """Target tokens of an epoch."""
@@ -93,11 +104,10 @@ class RunData:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuses token ids that the model has no embedding for: the tokenizer belongs to another model."""
-        for rows in (self._prepared.train, self._prepared.validation):
-            largest = max(int(ids.max()) for ids in rows.ids)
-            if largest >= vocab_size:
+        for rows in filter(len, (self._prepared.train, self._prepared.validation)):
+            if rows.largest_id >= vocab_size:
                 raise UserError(
-                    f"the tokenizer makes token {largest}, but the model knows only {vocab_size}",
+                    f"the tokenizer makes token {rows.largest_id}, but the model knows only {vocab_size}",
                     hint="use the tokenizer that belongs to the model",
                 )
 
@@ -108,6 +118,19 @@ class RunData:
     @cached_property
     def _eval_shapes(self) -> list[Shapes]:
         return eval_shapes([self._prepared.validation.lengths, self._probe_rows.lengths], self._eval_limit)
+
+
+def holds_nothing_out(config: DataConfig) -> bool:
+    """Whether all folds train and none validates: the run after the folds, which have judged it."""
+    return config.folds is not None and config.validation == 0
+
+
+def all_to_train(prepared: Prepared) -> Prepared:
+    """The same rows with those that validate put behind those that train; test rows stay where they are."""
+    train, validation = prepared.train, prepared.validation
+    rows = train.followed_by(validation)
+    fingerprint = hashlib.sha256(f"all to train\n{prepared.fingerprint}".encode()).hexdigest()
+    return replace(prepared, train=rows, validation=validation.select([]).renumbered(), fingerprint=fingerprint)
 
 
 def _limit(batch_size: int, batch_tokens: int | None = None) -> Limit:

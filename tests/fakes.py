@@ -164,6 +164,9 @@ class SilentScreen:
     def show_evaluation(self, gap: object, *, step: int, is_best: bool, patience_left: int | None) -> None:
         self.evaluations.append(step)
 
+    def show_unjudged(self, loss: float, *, step: int) -> None:
+        self.evaluations.append(step)
+
     def show_routing(self, report: object, *, step: int) -> None:
         self.routings.append(step)
 

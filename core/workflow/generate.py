@@ -10,6 +10,7 @@ import backends
 from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, find_adapter
 from core.architecture import read_architecture
 from core.errors import UserError
+from core.folds import run_with_adapter
 from core.handoff import without_effect
 from core.protocols import TrainState
 from core.run import ADAPTERS, CONFIG
@@ -26,6 +27,7 @@ def answer(folder: Path, prompt: str, *, max_tokens: int, console: Console) -> i
     Raises:
         UserError: the run has no adapter yet, or its model can't be loaded.
     """
+    folder = run_with_adapter(folder)
     with logging_to(console):
         config = with_all_layers(load_config(folder / CONFIG))
         if not all((folder / ADAPTERS / name).is_file() for name in (PEFT_WEIGHTS, MLX_WEIGHTS)):

@@ -22,7 +22,7 @@ from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
 from core.models.wheel import cache_folder
 from core.protocols import Backend, DeviceReport, Learner
-from data.dataset import Prepared, load_data
+from data.dataset import TokenizedData, split_data, tokenize_data
 from data.token_cache import cached_rows, rows_key
 from data.tokenize import load_tokenizer
 from data.training import RunData
@@ -245,12 +245,12 @@ def load_rows(
     source = config.data.model_copy(update={"path": _find_data(config.data.path)})
     seed, runs_code = config.train.seed, config.model.trust_remote_code
 
-    def tokenise() -> Prepared:
-        return load_data(source, load_tokenizer(model.path, trust_remote_code=runs_code), seed=seed)
+    def tokenise(folder: Path | None) -> TokenizedData:
+        return tokenize_data(source, load_tokenizer(model.path, trust_remote_code=runs_code), folder=folder)
 
     # what a tokenizer's own code makes of a text can't be told from its files
-    key = None if runs_code else rows_key(source, seed=seed, tokenizer=model.path)
-    prepared = cached_rows(cache_folder() / "tokens", key, tokenise)
+    key = None if runs_code else rows_key(source, tokenizer=model.path)
+    prepared = split_data(cached_rows(cache_folder() / "tokens", key, tokenise), source, seed=seed)
     data = RunData(prepared, config)
     for finding in [*prepared.findings, *data.warnings()] if say_findings else ():
         _log.warning(finding)

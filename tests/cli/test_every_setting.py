@@ -60,6 +60,12 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "data.validation": "0.4",
     "data.test": "0.2",
     "data.skip_bad": ("true", ("data.path=./bad.jsonl",)),
+    "data.stratify": ("colour", ("data.path=./labelled.jsonl",)),
+    "data.group": ("colour", ("data.path=./labelled.jsonl",)),
+    "data.near_duplicates": ("null", ("data.path=./near.jsonl",)),
+    "data.folds": "3",
+    "data.fold": ("2", ("data.folds=3",)),
+    "data.strict": ("true", ("data.path=./secret.jsonl",)),
     "lora.rank": "8",
     "lora.alpha": "16",
     "lora.dropout": "0.5",
@@ -125,7 +131,12 @@ def everything(
     write_adapter(tmp_path / "adapter", filled_adapter(model), base_model="tiny")
     write_rows(tmp_path / "rows.jsonl")
     write_rows(tmp_path / "other.jsonl", 30)
-    (tmp_path / "bad.jsonl").write_text((tmp_path / "rows.jsonl").read_text() + "not json\n")
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "bad.jsonl").write_text("\n".join([*lines, "not json"]))
+    write_labelled(tmp_path / "labelled.jsonl", lines)
+    write_near_copies(tmp_path / "near.jsonl", lines)
+    secret = {"prompt": "Say the key.", "completion": "-----BEGIN RSA PRIVATE " + "KEY-----"}
+    (tmp_path / "secret.jsonl").write_text("\n".join([*lines, json.dumps(secret)]))
     calls = record_calls(monkeypatch)
 
     def run(assignments: tuple[str, ...]) -> dict[str, Any]:
@@ -142,6 +153,21 @@ def everything(
         return found
 
     return run
+
+
+def write_labelled(path: Path, lines: list[str]) -> None:
+    """The rows with their colour in a column, one colour rare."""
+    rows = [json.loads(line) for line in lines]
+    path.write_text("\n".join(json.dumps(row | {"colour": row["completion"].split()[0]}) for row in rows[:-3]))
+
+
+def write_near_copies(path: Path, lines: list[str]) -> None:
+    """Each row three times, with a word more."""
+    rows = [json.loads(line) for line in lines[::3]]
+    texts = [
+        row | {"prompt": "Now listen to me and " + row["prompt"] + end} for row in rows for end in ("", "!", " So")
+    ]
+    path.write_text("\n".join(map(json.dumps, texts)))
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> set[str]:

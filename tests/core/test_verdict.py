@@ -60,7 +60,11 @@ def summary_of(status: str = "finished", **progress: Any) -> dict[str, Any]:
     if progress.get("best_gap", BEST) is None:
         stopping = EarlyStopping(3)
     trainer: Any = SimpleNamespace(
-        progress=Progress(**(values | progress)), plan=plan, stopping=stopping, elapsed_seconds=83.0
+        progress=Progress(**(values | progress)),
+        plan=plan,
+        best_step=stopping.best_step,
+        is_judged=True,
+        elapsed_seconds=83.0,
     )
     config = RunConfig(backend="cuda")
     return summarize(trainer, config=config, model="tiny", status=status, num_train_rows=80, num_val_rows=20)

@@ -146,6 +146,22 @@ def test_a_selection_keeps_its_row_ids() -> None:
     assert batch.inputs[1, :2].tolist() == [201, 202]
 
 
+def test_rows_of_one_data_set_are_put_together_without_a_copy() -> None:
+    rows = rows_of([5, 9, 7, 4])
+    some, others = rows.select([0, 2]), rows.select([3])
+    both = others.followed_by(some)
+    assert both.flat_ids is rows.flat_ids
+    assert [ids.tolist() for ids in both.ids] == [rows.ids[index].tolist() for index in (3, 0, 2)]
+    assert both.origin == ["a:3", "a:0", "a:2"]
+    assert both.row_ids.tolist() == [0, 1, 2]
+    assert (both.num_targets, both.largest_id) == (some.num_targets + others.num_targets, 304)
+    foreign = TokenRows.of([np.array([900, 901], np.int32)], [np.array([False, True])], ["b:7"])
+    mixed = some.followed_by(foreign)
+    assert [ids.tolist() for ids in mixed.ids][1:] == [rows.ids[2].tolist(), [900, 901]]
+    assert mixed.origin == ["a:0", "a:2", "b:7"]
+    assert (mixed.num_targets, mixed.num_tokens, mixed.largest_id) == (some.num_targets + 1, 14, 901)
+
+
 def test_slices_are_batches() -> None:
     rows = rows_of([5] * 10)
     batches = epoch_of(rows, Limit(rows=2))

@@ -38,11 +38,11 @@ def load(path: str, tokenizer: Tokenizer, *, seed: int = 0, **settings: Any) -> 
 
 def test_a_file_is_cut_by_ratio(write: Write, chatml: Tokenizer) -> None:
     prepared = load(write(pairs(range(219))), chatml)
-    assert (len(prepared.train), len(prepared.validation), len(prepared.test)) == (175, 44, 0)
+    assert (len(prepared.train), len(prepared.validation), len(prepared.test)) == (169, 50, 0)
     assert prepared.name == "rows.jsonl"
     assert prepared.findings == ()
     assert sorted(answers(prepared.train, chatml) + answers(prepared.validation, chatml)) == list(range(1, 220))
-    assert prepared.validation.row_ids.tolist() == list(range(44))
+    assert prepared.validation.row_ids.tolist() == list(range(50))
     for origin, answer in zip(prepared.validation.origin, answers(prepared.validation, chatml), strict=True):
         assert origin == f"rows.jsonl:{answer}"
 
@@ -52,7 +52,7 @@ def test_given_files_go_before_the_ratios(write: Write, tmp_path: Path, chatml: 
     write(pairs(range(200, 207)), "set/valid.jsonl")
     prepared = load(str(tmp_path / "set"), chatml, validation=0.5, test=0.1)
     assert answers(prepared.validation, chatml) == list(range(201, 208))
-    assert (len(prepared.train), len(prepared.test)) == (90, 10)
+    assert (len(prepared.train), len(prepared.test)) == (89, 11)
     prepared = load(str(tmp_path / "set"), chatml, validation=0.0)
     assert answers(prepared.train, chatml) == list(range(1, 101))
 
@@ -172,7 +172,7 @@ from tests.tiny import make_tokenizer
 folder = pathlib.Path(tempfile.mkdtemp())
 make_tokenizer(folder)
 prepared = data.dataset.load_data(DataConfig(path={path!r}), data.tokenize.load_tokenizer(folder), seed=0)
-assert (len(prepared.train), len(prepared.validation)) == (8, 2)
+assert (len(prepared.train), len(prepared.validation)) == (7, 3)
 assert not any(name.startswith("backends") for name in sys.modules)
 """
     root = Path(__file__).parents[2]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,16 +12,29 @@ import pandas as pd
 import pytest
 
 from core.errors import UserError
-from data.sources import BadRows, Source, read_source
+from data.sources import BadRows, Row, open_source
 
 ROWS = [{"prompt": "2+2?", "completion": "4"}, {"prompt": "Ü, \u2028 and\nmore", "completion": "“yes”"}]
 
 
-def read(path: object, *, skip: bool = False) -> Source:
-    return read_source(str(path), BadRows(skip=skip))
+@dataclass
+class Read:
+    """A source whose rows were gone over once and then read."""
+
+    name: str
+    splits: dict[str, list[Row]]
+    bad: BadRows
 
 
-def values(source: Source, split: str = "train") -> list[dict[str, Any]]:
+def read(path: object, *, skip: bool = False) -> Read:
+    source, bad = open_source(str(path)), BadRows(skip=skip)
+    num_rows = sum(1 for _ in source.read(bad))
+    splits = {split: list(rows.read(BadRows(skip=True))) for split, rows in source.splits.items()}
+    assert num_rows == sum(map(len, splits.values()))  # every time the same
+    return Read(source.name, splits, bad)
+
+
+def values(source: Read, split: str = "train") -> list[dict[str, Any]]:
     return [dict(row.values) for row in source.splits[split]]
 
 
@@ -88,17 +102,14 @@ def test_bad_row_is_named_or_left_out(tmp_path: Path, name: str, content: bytes,
     assert caught.value.hint is not None
     assert "data.skip_bad=true" in caught.value.hint
 
-    bad = BadRows(skip=True)
-    source = read_source(str(path), bad)
+    source = read(path, skip=True)
     assert [row["text"] for row in values(source)] == ["a"]
-    assert bad.findings() == [f"1 bad row left out: {path}, {message}"]
+    assert source.bad.findings() == [f"1 bad row left out: {path}, {message}"]
 
 
 def test_only_the_first_three_bad_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "oops\n" * 5)
-    bad = BadRows(skip=True)
-    read_source(str(tmp_path / "a.jsonl"), bad)
-    (finding,) = bad.findings()
+    (finding,) = read(tmp_path / "a.jsonl", skip=True).bad.findings()
     assert finding.startswith("5 bad rows left out: ")
     assert finding.count("not JSON") == 3
     assert finding.endswith("; and 2 more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -19,7 +20,8 @@ from core.config import DataConfig, RunConfig
 from core.models import ResolvedModel
 from data import token_cache
 from data.batches import TokenRows
-from data.dataset import Prepared, load_data
+from data.dataset import SPLITS, Prepared, TokenizedData, split_data, tokenize_data
+from data.keys import RowKeys
 from data.token_cache import cached_rows, rows_key
 from data.tokenize import Tokenizer, load_tokenizer
 from tests.tiny import make_model, make_tokenizer
@@ -43,29 +45,43 @@ def same(one: TokenRows, other: TokenRows) -> bool:
 class Maker:
     """Makes rows and counts how often."""
 
-    def __init__(self, prepared: Prepared) -> None:
-        self.prepared = prepared
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
         self.num_calls = 0
+        self.prepared = self.split(tokenize_data(config, tokenizer))
 
-    def __call__(self) -> Prepared:
+    def __call__(self, folder: Path | None) -> TokenizedData:
         self.num_calls += 1
-        return self.prepared
+        return tokenize_data(self.config, self.tokenizer, folder=folder)
+
+    def split(self, data: TokenizedData) -> Prepared:
+        return split_data(data, self.config, seed=0)
 
 
 @pytest.fixture
-def make(write: Write, chatml: Tokenizer) -> Maker:
-    config = DataConfig(path=write([*PAIRS, PAIRS[0]]), max_tokens=200)
-    return Maker(load_data(config, chatml, seed=0))
+def make(write: Write, tmp_path: Path, chatml: Tokenizer) -> Maker:
+    write(PAIRS[:3], "set/valid.jsonl")
+    write([*PAIRS[3:], PAIRS[4]], "set/train.jsonl")
+    write(PAIRS[:2], "set/test.jsonl")
+    config = DataConfig(path=str(tmp_path / "set"), max_tokens=200, group="prompt", stratify="completion")
+    return Maker(config, chatml)
 
 
 def test_the_same_rows_come_back(make: Maker, tmp_path: Path) -> None:
-    first, second = (cached_rows(tmp_path / "tokens", KEY, make, worth_seconds=0) for _ in range(2))
+    first, second = (make.split(cached_rows(tmp_path / "tokens", KEY, make, worth_seconds=0)) for _ in range(2))
     assert make.num_calls == 1
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         assert same(getattr(first, split), getattr(second, split))
+        for key in dataclasses.fields(RowKeys):
+            one, other = (getattr(prepared.keys[split], key.name) for prepared in (first, second))
+            assert one.dtype == other.dtype
+            assert np.array_equal(one, other)
+        assert first.inspections[split].to_json() == second.inspections[split].to_json()
     assert second.findings == first.findings != ()
-    assert (second.fingerprint, second.name) == (first.fingerprint, "rows.jsonl")
-    assert len(second.test) == 0
+    assert (second.fingerprint, second.name) == (first.fingerprint, "set")
+    assert second.is_given == {"train", "validation", "test"}
+    assert second.train.origin[0] == "train.jsonl:1"
     # a map of the file, which nobody writes to
     assert not second.train.ids[0].flags.writeable
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == [KEY]
@@ -79,7 +95,7 @@ def test_what_is_quick_is_not_kept(make: Maker, tmp_path: Path) -> None:
     assert not (tmp_path / "tokens").exists()
 
 
-@pytest.mark.parametrize("name", ["rows.json", "train-ids.npy", "validation-targets.npy", "train-origins.json"])
+@pytest.mark.parametrize("name", ["rows.json", "train-ids.bin", "validation-targets.bin", "train-signature.bin"])
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
 def test_a_damaged_entry_is_made_again(make: Maker, tmp_path: Path, name: str, damage: str) -> None:
     cached_rows(tmp_path, KEY, make, worth_seconds=0)
@@ -90,32 +106,33 @@ def test_a_damaged_entry_is_made_again(make: Maker, tmp_path: Path, name: str, d
     else:
         content[-90] ^= 1
         path.write_bytes(content[:-7] if damage == "cut" else content)
-    found = cached_rows(tmp_path, KEY, make, worth_seconds=0)
-    assert same(found.train, make.prepared.train)
-    assert make.num_calls == 2
-    assert same(cached_rows(tmp_path, KEY, make, worth_seconds=0).train, make.prepared.train)
-    assert make.num_calls == 2
+    for _ in range(2):
+        found = make.split(cached_rows(tmp_path, KEY, make, worth_seconds=0))
+        assert same(found.train, make.prepared.train)
+        assert make.num_calls == 2
 
 
 def test_what_was_used_longest_ago_goes_first(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tmp_path / "tokens"
     for number in range(3):
-        cached_rows(tmp_path, str(number) * 64, make, worth_seconds=0)
-        os.utime(tmp_path / (str(number) * 64) / "rows.json", (1000 + number, 1000 + number))
-    cached_rows(tmp_path, "0" * 64, make, worth_seconds=0)  # used again
-    size = sum(path.stat().st_size for path in (tmp_path / ("0" * 64)).iterdir())
+        cached_rows(tokens, str(number) * 64, make, worth_seconds=0)
+        os.utime(tokens / (str(number) * 64) / "rows.json", (1000 + number, 1000 + number))
+    cached_rows(tokens, "0" * 64, make, worth_seconds=0)  # used again
+    size = sum(path.stat().st_size for path in (tokens / ("0" * 64)).iterdir())
     monkeypatch.setattr(token_cache, "MAX_BYTES", 3 * size)
-    (tmp_path / ".making-old").mkdir()
-    os.utime(tmp_path / ".making-old", (1000, 1000))
-    cached_rows(tmp_path, "3" * 64, make, worth_seconds=0)
-    assert sorted(path.name[0] for path in tmp_path.iterdir() if path.is_dir()) == ["0", "2", "3"]
+    (tokens / ".making-old").mkdir()
+    os.utime(tokens / ".making-old", (1000, 1000))
+    cached_rows(tokens, "3" * 64, make, worth_seconds=0)
+    assert sorted(path.name[0] for path in tokens.iterdir() if path.is_dir()) == ["0", "2", "3"]
     monkeypatch.setattr(token_cache, "MAX_BYTES", size // 2)
-    cached_rows(tmp_path, "4" * 64, make, worth_seconds=0)
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    cached_rows(tokens, "4" * 64, make, worth_seconds=0)
+    assert not [path for path in tokens.iterdir() if path.is_dir()]
 
 
 def test_a_place_that_cannot_be_written_to_is_no_failure(make: Maker, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert cached_rows(tmp_path / "file" / "tokens", KEY, make, worth_seconds=0) is make.prepared
+    found = cached_rows(tmp_path / "file" / "tokens", KEY, make, worth_seconds=0)
+    assert same(make.split(found).train, make.prepared.train)
 
 
 def test_the_key_follows_everything_that_decides_the_rows(write: Write, tmp_path: Path) -> None:
@@ -123,19 +140,23 @@ def test_the_key_follows_everything_that_decides_the_rows(write: Write, tmp_path
     folder.mkdir()
     make_tokenizer(folder)
 
-    def key(path: str = "", *, seed: int = 0, **settings: Any) -> str | None:
-        return rows_key(DataConfig(path=path or write(PAIRS), **settings), seed=seed, tokenizer=folder)
+    def key(path: str = "", **settings: Any) -> str | None:
+        return rows_key(DataConfig(path=path or write(PAIRS), **settings), tokenizer=folder)
 
     first = key()
     assert first is not None
     assert key() == first
     (folder / "model.safetensors").write_bytes(b"weights")
     assert key() == first
+    # what only splits them is decided each time
+    for setting in ({"validation": 0.3}, {"test": 0.1}, {"folds": 5, "fold": 2}, {"near_duplicates": 0.9}):
+        assert key(**setting) == first
     others = [
-        key(seed=1),
         key(max_tokens=100),
         key(train_on="all"),
-        key(validation=0.3),
+        key(near_duplicates=None),  # no signatures
+        key(group="prompt"),
+        key(stratify="prompt"),
         key(skip_bad=True),
         key(fields={"prompt": "completion"}),
         key(write(PAIRS[:-1])),
@@ -163,7 +184,7 @@ def test_a_data_set_of_the_hub_is_known_by_its_fingerprint(monkeypatch: pytest.M
     def key(print_: str | None) -> str | None:
         split = SimpleNamespace() if print_ is None else SimpleNamespace(_fingerprint=print_)
         fake.load_dataset = lambda name, config: {"train": split}  # type: ignore[attr-defined]
-        return rows_key(DataConfig(path="owner/name"), seed=0, tokenizer=tmp_path)
+        return rows_key(DataConfig(path="owner/name"), tokenizer=tmp_path)
 
     assert key("a") == key("a") != key("b")
     assert key(None) is None
@@ -196,6 +217,17 @@ def test_a_second_start_loads_no_tokenizer_and_says_the_same(
     assert said == said_again != []
     assert first.fingerprint == second.fingerprint
     assert all(np.array_equal(a.inputs, b.inputs) for a, b in zip(first.epoch(1), second.epoch(1), strict=True))
+    # another seed and another share are another split of the same rows
+    other = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"seed": 5}),
+            "data": config.data.model_copy(update={"validation": 0.4}),
+        }
+    )
+    third, _ = load_rows(other)
+    assert len(calls) == 1
+    assert third.num_val_rows > first.num_val_rows
+    assert third.fingerprint != first.fingerprint
     # what a tokenizer's own code does can't be told from its files
     load_rows(config.model_copy(update={"model": config.model.model_copy(update={"trust_remote_code": True})}))
     assert len(calls) == 2

@@ -1,0 +1,226 @@
+"""`data check` and `data show`: what would be trained on, and what is wrong with it, before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+import backends
+from core.adapter import first_layer, target_keys
+from core.adapter_files import find_adapter
+from core.architecture import Architecture, read_architecture
+from core.config import DataConfig, RunConfig
+from core.errors import UserError
+from core.files import write_atomic
+from core.models import ResolvedModel
+from core.models.wheel import cache_folder
+from core.protocols import DeviceReport, TokenArray
+from core.screen import logging_to
+from core.settings import Settings
+from core.workflow.data_screen import print_legend, print_report, print_row
+from core.workflow.job import _find_data, changed, find_model
+from data.check.collect import ReadRows, check_rows, read_rows
+from data.check.page import MAX_PIECES, ShownRow, make_page
+from data.check.pieces import pieces
+from data.check.report import Report, stops
+from data.dataset import TokenizedData, tokenize_data
+from data.token_cache import cached_rows, rows_key
+from data.tokenize import load_tokenizer
+
+FOUND = 1
+"""Exit code of a strict check that found something."""
+_NUM_FIRST = 50
+"""Rows of each page, beside those that findings name."""
+_log = logging.getLogger("twinkeel")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    config: RunConfig
+    """With the backend named, and the path at which the data was found."""
+    model: ResolvedModel
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Loaded when it is needed: rows that were kept from the last time need none."""
+        return load_tokenizer(self.model.path, trust_remote_code=self.config.model.trust_remote_code)
+
+    def tokenise(self, data: DataConfig) -> TokenizedData:
+        """As a run does, with the same cache."""
+        key = None if self.config.model.trust_remote_code else rows_key(data, tokenizer=self.model.path)
+        return cached_rows(
+            cache_folder() / "tokens", key, lambda folder: tokenize_data(data, self.tokenizer, folder=folder)
+        )
+
+
+def check(settings: Settings, *, as_json: bool, page: Path | None, console: Console) -> int:
+    """Reads the data as a run would, and says what is wrong with it.
+
+    Args:
+        as_json: prints the report for scripts, and nothing else.
+        page: file for a page with facts, findings and rows.
+
+    Returns:
+        The exit code: 1 with `data.strict` and a problem or a warning, else 0.
+
+    Raises:
+        UserError: the data has no row that can be read, or there is no such model.
+    """
+    with nullcontext() if as_json else logging_to(console):
+        loaded = _load(settings.config)
+        rows = read_rows(loaded.config, loaded.tokenise)
+        report = check_rows(rows, loaded.config, num_parameters=num_adapter_parameters(loaded))
+        if page is not None:
+            _write_page(page, report, rows, loaded)
+    if as_json:
+        console.out(json.dumps(report.to_json(), indent=1, ensure_ascii=False), highlight=False)
+    else:
+        print_report(report, console=console, next_command=_next(settings, report, rows))
+    if not (settings.config.data.strict and stops(report)):
+        return 0
+    if not as_json:
+        kinds = ", ".join(dict.fromkeys(finding.kind for finding in stops(report)))
+        console.print(f"data.strict: {kinds}", markup=False, style="red")
+    return FOUND
+
+
+def show(settings: Settings, rows: Sequence[int], *, split: str, console: Console) -> int:
+    """Prints rows of a split, counted from 1, token by token. Returns the exit code.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    with logging_to(console):
+        loaded = _load(settings.config)
+        there = read_rows(loaded.config, loaded.tokenise)
+    some = there.splits.get(split, ())
+    wrong = [number for number in rows if not 1 <= number <= len(some)]
+    if wrong:
+        what = f"there is no row {wrong[0]} of {split}" if len(some) else f"there are no {split} rows"
+        hint = (
+            f"rows are counted from 1 to {len(some)}"
+            if len(some)
+            else f"choose from: {', '.join(name for name, part in there.splits.items() if len(part))}"
+        )
+        raise UserError(what, hint=hint)
+    print_legend(console)
+    for number in rows:
+        console.print()
+        print_row(_shown(loaded, there, split, number - 1), console=console)
+    return 0
+
+
+def _load(config: RunConfig) -> _Loaded:
+    """Finds model and data as a run would, but loads the tokenizer only."""
+    name, device = _device(config)
+    data = config.data.model_copy(update={"path": _find_data(config.data.path)})
+    config = changed(config, backend=name, data=data)
+    return _Loaded(config, find_model(config, device))
+
+
+def _device(config: RunConfig) -> tuple[str, DeviceReport]:
+    """The backend and its device; they decide what `model.path auto` means. None has to be installed for a check."""
+    backend = backends.get(config.backend)
+    device = backend.probe(config.device)
+    if device.available:
+        return backend.name, device
+    return backend.name, DeviceReport(
+        backend=backend.name, available=True, device="", accelerator=False, memory_bytes=0
+    )
+
+
+def num_adapter_parameters(loaded: _Loaded) -> int:
+    """Of the adapter that a run would train; nothing of the model is read but its configuration."""
+    config, architecture = loaded.config, read_architecture(loaded.model.path)
+    if config.lora.init_adapter is not None:
+        return find_adapter(Path(config.lora.init_adapter)).read(architecture).num_parameters
+    return planned_parameters(config, architecture)
+
+
+def planned_parameters(config: RunConfig, architecture: Architecture) -> int:
+    """Parameters of the adapter that `plan_adapter` would draw, without drawing them."""
+    shapes = architecture.module_shapes()
+    total = 0
+    for key in target_keys(config.lora.targets, architecture, router=config.moe.train_router):
+        *experts, out_features, in_features = shapes[key]
+        total += config.lora.rank * (in_features + out_features) * (experts[0] if experts else 1)
+    return total * (architecture.num_layers - first_layer(config.lora, architecture))
+
+
+def _shown(loaded: _Loaded, there: ReadRows, split: str, index: int) -> ShownRow:
+    rows = there.splits[split]
+    ids, is_target, origin = rows.ids[index], rows.is_target[index], rows.origin[index]
+    return ShownRow(
+        split=split,
+        number=index + 1,
+        origin=origin,
+        num_tokens=len(ids),
+        num_targets=int(is_target.sum()),
+        pieces=pieces(loaded.tokenizer, ids[:MAX_PIECES], is_target[:MAX_PIECES]),
+        cut=_cut(loaded, ids, there.lost_of(origin)),
+    )
+
+
+def _cut(loaded: _Loaded, ids: TokenArray, lost: str) -> str:
+    """Where a row was cut off, in words; empty for a whole one."""
+    max_tokens = loaded.config.data.max_tokens
+    if len(ids) < max_tokens or ids[-1] == loaded.tokenizer.eos_token_id:
+        return ""
+    return f"cut off here, at data.max_tokens {max_tokens}" + (f": {lost}" if lost else "")
+
+
+def _write_page(path: Path, report: Report, there: ReadRows, loaded: _Loaded) -> None:
+    named = {name for finding in report.findings for row in finding.rows for name in row.names}
+    places = {place for place in map(there.place_of, named) if place}
+    places |= {("train", number) for number in range(1, min(_NUM_FIRST, len(there.splits["train"])) + 1)}
+    order = list(there.splits)
+    shown = [
+        _shown(loaded, there, split, number - 1)
+        for split, number in sorted(places, key=lambda place: (order.index(place[0]), place[1]))
+    ]
+    total = sum(len(rows) for rows in there.splits.values())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, make_page(report, shown, total_rows=total))
+    except OSError as error:
+        raise UserError(f"--page: {path} can't be written ({error.strerror})", hint="give another file") from None
+    _log.info("page: %s", path)
+
+
+def _next(settings: Settings, report: Report, there: ReadRows) -> str:
+    """What to type now: training, or a look at the first row that was found."""
+    found = stops(report)
+    words = ["train"]
+    if found:
+        named = (name for finding in found for row in finding.rows for name in row.names)
+        split, number = next((place for place in map(there.place_of, named) if place), ("train", 1))
+        words = ["data", "show", str(number), *(("--split", split) if split != "train" else ())]
+    return shlex.join(["python", "cli.py", *words, *_typed(settings)])
+
+
+def _typed(settings: Settings) -> Iterator[str]:
+    """The settings that are not defaults, as words of a command line."""
+    given = dict.fromkeys(settings.sources.values())
+    for source in given:
+        if source.startswith("preset "):
+            yield from ("--preset", source.removeprefix("preset "))
+        elif not source.startswith("--"):
+            yield from ("--config", source)
+    for name, source in settings.sources.items():
+        value: Any = settings.config
+        for part in name.split("."):
+            value = getattr(value, part)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        if source == "--set":
+            yield from ("--set", f"{name}={text}")
+        elif source.startswith("--") and name != "data.strict":
+            yield from (source, text)

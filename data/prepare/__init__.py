@@ -1,0 +1,1 @@
+"""Makes rows to train on: of source code, documents, tables and conversations."""

@@ -1,0 +1,50 @@
+"""What the near-copies benchmark measures, on what it makes of rows; the runs themselves take minutes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from benchmarks.near_copies import make_rows, means, row_of
+from data.near import clusters, pieces, signatures
+from tests.data.test_near import WORDS
+
+ROWS = [
+    {"prompt": " ".join(WORDS[number : number + 12]), "completion": " ".join(WORDS[number + 12 : number + 60])}
+    for number in range(0, 3000, 60)
+]
+
+
+def said(row: dict[str, str]) -> str:
+    return f"{row['prompt']}\n{row['completion']}"
+
+
+@pytest.mark.parametrize(("share", "num_copies"), [(0.1, 4), (0.5, 34)])
+def test_copies_are_near_and_clean_rows_have_none(share: float, num_copies: int) -> None:
+    rows, clean = make_rows(ROWS, share=share, seed=3)
+    assert (len(clean), len(rows)) == (16, 34 + num_copies)
+    assert all(row in ROWS for row in clean)
+    assert len([row for row in rows if row not in ROWS]) == num_copies
+    labels = clusters(signatures([said(row) for row in rows + clean]), threshold=0.7)
+    assert len(set(labels.tolist())) == 34 + 16
+    assert (labels[len(rows) :] >= len(rows)).all()
+    for row in rows:
+        if row not in ROWS:  # a word in twenty is another: each half of the row differs, most of it does not
+            nearest = max(ROWS, key=lambda other: len(pieces(said(other)) & pieces(said(row))))
+            assert nearest in rows
+            assert nearest["prompt"] != row["prompt"]
+            assert nearest["completion"] != row["completion"]
+    assert make_rows(ROWS, share=share, seed=3) == (rows, clean)
+    assert make_rows(ROWS, share=share, seed=4) != (rows, clean)
+
+
+def test_means_are_over_the_seeds() -> None:
+    one = {"base_loss": 4.0, "loss": 2.0, "clean_base_loss": 4.2, "clean_loss": 2.4, "gap": 0.5, "grade": "GOOD"}
+    other = {"base_loss": 4.0, "loss": 2.4, "clean_base_loss": 4.2, "clean_loss": 2.6, "gap": 0.7, "grade": "CRITICAL"}
+    found = means([one, other])
+    assert found["fell"] == pytest.approx((2.0 + 1.6) / 2)
+    assert found["clean_fell"] == pytest.approx((1.8 + 1.6) / 2)
+    assert found["flattered"] == pytest.approx(0.1)  # 0.2 and 0.0
+    assert found["flattered_standard_error"] == pytest.approx(math.sqrt(0.02) / math.sqrt(2))
+    assert row_of("naive", [one, other]).startswith("| naive | 2.200 | 2.500 | 1.800 | 1.700 | 0.600 | 1 GOOD, 1 CRITI")
