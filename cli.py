@@ -45,41 +45,54 @@ _WHERE = ("--backend", "--device", "--model", "--data")
 
 def train(args: argparse.Namespace) -> int:
     """Fine-tunes a model, or continues a run with --resume."""
+    return _train_anew(args) if args.resume is None else _resume(args)
+
+
+def _train_anew(args: argparse.Namespace) -> int:
     from core.errors import UserError
+    from core.screen import make_console
+
+    if args.final and args.folds is None:
+        raise UserError("--final is the run after the folds", hint="give --folds as well, such as --folds 5")
+    settings = _settings(args)  # first: a misspelt preset should not wait for the imports
+    if args.folds is not None:
+        from core.workflow.folds import train_folds
+
+        return train_folds(settings, folds=args.folds, final=args.final, console=make_console())
+    from core.workflow.train import train
+
+    return train(settings, console=make_console())
+
+
+def _resume(args: argparse.Namespace) -> int:
+    from core.config import FREE_ON_RESUME
+    from core.errors import UserError
+    from core.folds import is_folds
     from core.run import existing_run
     from core.screen import make_console
 
-    if args.final and args.folds is None and args.resume is None:
-        raise UserError("--final is the run after the folds", hint="give --folds as well, such as --folds 5")
-    if args.resume is None:
-        settings = _settings(args)  # first: a misspelt preset should not wait for the imports
-        if args.folds is not None:
-            from core.workflow.folds import train_folds
-
-            return train_folds(settings, folds=args.folds, final=args.final, console=make_console())
-        from core.workflow.train import train
-
-        return train(settings, console=make_console())
-    from core.config import FREE_ON_RESUME
-
     names = {text.partition("=")[0].strip() for text in args.assignments}
     free = (*_WHERE, "--set") if names <= set(FREE_ON_RESUME) else _WHERE
-    if given := [flag for flag in _given(args) if flag not in free]:
+    given = [flag for flag in _given(args) if flag not in free] + ["--folds"] * (args.folds is not None)
+    if given:
         raise UserError(
             f"--resume continues with the run's own settings; {', '.join(given)} would change them",
             hint=f"only {', '.join(_WHERE)}, and --set of {', '.join(FREE_ON_RESUME)}, may be given; to train on with "
             "other settings, start a new run with: python cli.py train --init-adapter RUN",
         )
     folder = existing_run(args.resume or None)
-    from core.folds import is_folds
-
+    may_change: dict[str, Any] = {"flags": _flags(args), "assignments": args.assignments}
     if is_folds(folder):
         from core.workflow.folds import resume_folds
 
-        return resume_folds(folder, console=make_console())
+        return resume_folds(folder, final=args.final, **may_change, console=make_console())
+    if args.final:
+        raise UserError(
+            f"{folder}: one run, and --final comes after folds", hint="start them with: python cli.py train --folds 5"
+        )
     from core.workflow.train import resume
 
-    return resume(folder, flags=_flags(args), assignments=args.assignments, console=make_console())
+    return resume(folder, **may_change, console=make_console())
 
 
 def monitor(args: argparse.Namespace) -> int:

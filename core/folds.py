@@ -11,6 +11,7 @@ rows, so it is somewhat too narrow, and no estimate from one round of folds can 
 from __future__ import annotations
 
 import math
+import socket
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -104,8 +105,9 @@ def read_fold(parent: Path, fold: int, *, error: str | None = None) -> FoldResul
     folder = parent / fold_name(fold)
     state, summary = read_state(folder), read_json(folder / SUMMARY)
     status = str(state.get("status") or (PENDING if error is None else "failed"))
-    if status == "running" and not is_locked(folder):
-        status = "interrupted"  # killed, or on another machine
+    is_here = state.get("host") in (None, socket.gethostname())
+    if status in ("starting", "running") and is_here and not is_locked(folder):
+        status = "interrupted"  # killed
     summary = summary if isinstance(summary, dict) and status in COMPLETE else {}
     grade = next((known for known in GRADES if known == summary.get("grade")), None)
     return FoldResult(

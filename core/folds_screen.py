@@ -25,7 +25,7 @@ def heading(title: str, folder: Path) -> Text:
 
 
 def show_error(console: Console, error: UserError) -> None:
-    _say(console, [f"error: {error}", "  this fold failed; going on with the next"])
+    _say(console, [f"error: {error}", "  this run failed, which is written down"])
 
 
 def show_interrupted(console: Console, folder: Path) -> None:

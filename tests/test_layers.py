@@ -92,7 +92,9 @@ print("LOADED", *{name if name.startswith("core") else name.split(".")[0] for na
 ARGUMENTS_ONLY = {"core", "core.data_commands", "core.prepare_arguments"}
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("monitor",), ("config", "show"), ("doctor",), ("parity",), ("data", "check")])
+@pytest.mark.parametrize(
+    "command", [(), ("train",), ("monitor",), ("config", "show"), ("doctor",), ("parity",), ("data", "check")]
+)
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     text, _, loaded = python(HELP, *command, "--help").rpartition("LOADED")
     assert "usage: python cli.py" in text

@@ -213,7 +213,8 @@ class _FoldRuns:
             found = resolve(files=known[:1], flags=self._flags, assignments=self._assignments)
             settings = Settings(found.config, {"model.bits": fold_name(number)})
         else:
-            settings = Settings(self._config, self._sources)
+            found = resolve(files=[self._folder / CONFIG], flags=self._flags, assignments=self._assignments)
+            settings = Settings(found.config, self._sources)
         data = settings.config.data
         # nobody means to hold nothing out in a fold; the share itself has no effect there
         share = data.validation or DataConfig().validation

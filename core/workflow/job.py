@@ -22,7 +22,9 @@ from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
 from core.models.wheel import cache_folder
 from core.protocols import Backend, DeviceReport, Learner
-from data.dataset import TokenizedData, split_data, tokenize_data
+from data.check.collect import check_prepared
+from data.check.report import brief, stops
+from data.dataset import Prepared, TokenizedData, split_data, tokenize_data
 from data.token_cache import cached_rows, rows_key
 from data.tokenize import load_tokenizer
 from data.training import RunData
@@ -252,10 +254,22 @@ def load_rows(
     key = None if runs_code else rows_key(source, tokenizer=model.path)
     prepared = split_data(cached_rows(cache_folder() / "tokens", key, tokenise), source, seed=seed)
     data = RunData(prepared, config)
-    for finding in [*prepared.findings, *data.warnings()] if say_findings else ():
-        _log.warning(finding)
+    if say_findings:
+        _check(prepared, data, config)
     data.check_vocabulary(architecture.vocab_size)
     return data
+
+
+def _check(prepared: Prepared, data: RunData, config: RunConfig) -> None:
+    """Says in short what `data check` says in full. Raises `UserError` if the run is strict and something was found."""
+    report = check_prepared(prepared, config, num_parameters=None)
+    for line in [*prepared.findings, *brief(report, prepared.findings), *data.warnings()]:
+        _log.warning(line)
+    if config.data.strict and (found := stops(report)):
+        raise UserError(
+            f"{prepared.name}: the check found something, and this run is strict: {found[0].text}",
+            hint=f"see all with: python cli.py data check --data {config.data.path}; or start without --strict",
+        )
 
 
 def _find_data(path: str) -> str:

@@ -85,7 +85,6 @@ def compare(
     *,
     threshold: float | None,
     validation: float,
-    is_labelled: bool = False,
 ) -> Comparison:
     """Compares the rows of a data set, all with all.
 
@@ -94,7 +93,6 @@ def compare(
         origins: the rows' names, in the same order.
         threshold: similarity from which two rows are near copies (`data.near_duplicates`); None: not looked for.
         validation: share of the rows that is held out, where the data brings no validation rows.
-        is_labelled: each row's answer is a label.
     """
     splits = list(keys)
     equal = np.concatenate([keys[split].equal for split in splits])
@@ -105,7 +103,8 @@ def compare(
     cluster = _clusters([keys[split] for split in splits], equal, threshold)
     exact = _repeated(equal, side)
     near = _repeated(cluster, side) & ~exact
-    sizes = np.unique(cluster[~exact], return_counts=True)[1]
+    one_of_each = np.unique(equal, return_index=True)[1]
+    sizes = np.unique(cluster[one_of_each], return_counts=True)[1]
     return Comparison(
         exact=_named(exact, equal, side, names),
         near=_named(near, cluster, side, names),
@@ -118,20 +117,18 @@ def compare(
             if split != "train"
         },
         disagreeing=_disagreeing([keys[split] for split in splits], names),
-        answers_are_labels=is_labelled or _few_answers([keys[split] for split in splits]),
+        answers_are_labels=_few_answers([keys[split] for split in splits]),
     )
 
 
 def _clusters(keys: Sequence[RowKeys], equal: npt.NDArray[np.uint64], threshold: float | None) -> IntArray:
     """int64 [n]: the same for rows that are copies or near copies of each other."""
     signatures = [some.signature for some in keys if some.signature is not None]
-    _, first, same = np.unique(equal, return_index=True, return_inverse=True)
     if threshold is None or len(signatures) < len(keys):
+        _, first, same = np.unique(equal, return_index=True, return_inverse=True)
         return first[same].astype(np.int64)
-    # rows that are equal have equal signatures: one of each is enough
-    kept = np.sort(first)
-    of_kept = clusters(np.concatenate(signatures)[kept], threshold=threshold)
-    return kept[of_kept][np.searchsorted(kept, first[same])].astype(np.int64)
+    # half a gigabyte for a million rows: not copied where that can be helped
+    return clusters(signatures[0] if len(signatures) == 1 else np.concatenate(signatures), threshold=threshold)
 
 
 def _repeated(values: npt.NDArray[np.generic], side: IntArray) -> BoolArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal, NamedTuple
 
 from data.check.duplicates import Comparison, Leak
@@ -147,12 +148,12 @@ def _outliers(whole: Inspection) -> Iterator[Finding]:
         named = _beyond(whole.of_kind("longest").rows, limit)
         yield _of_outliers("very-long", text, "split them, or leave them out", num_rows, named)
     if num_rows := whole.lengths.num_below(floor):
-        text = f"very short: under {floor:.0f} tokens, where half of the rows have {median:,} or more."
+        text = f"very short: {ceil(floor) - 1} tokens at most, where half of the rows have {median:,} or more."
         named = _beyond(whole.of_kind("shortest").rows, -floor)
         yield _of_outliers("very-short", text, "look whether they say anything", num_rows, named)
     is_all_targets = whole.num_targets + whole.num_lost_targets > 0.9 * whole.num_tokens  # few are few tokens, then
     if not is_all_targets and (num_rows := whole.targets.num_below(bound)):
-        text = f"with hardly a target: under {bound:.0f}, where half of the rows have {typical:,} or more."
+        text = f"with hardly a target: {ceil(bound) - 1} at most, where half of the rows have {typical:,} or more."
         named = _beyond(whole.of_kind("fewest-targets").rows, -bound)
         yield _of_outliers("few-targets", text, "look whether their answers are whole", num_rows, named)
 
@@ -229,9 +230,11 @@ def _naively(found: Comparison, which: str) -> str:
     """What they would do to the gap if rows were held out one by one."""
     if found.naive is None or not (num := getattr(found.naive, which).num_rows):
         return ""
+    share = num / found.naive.num_rows
+    effect = ", and the gap would look too good" if share >= _MANY_COPIES else ""
     return (
-        f"; cut off row by row, {num:,} of {found.naive.num_rows:,} validation rows "
-        f"({num / found.naive.num_rows:.0%}) would have one in training, and the gap would look too good"
+        f"; cut off row by row, {num:,} of {found.naive.num_rows:,} validation rows ({share:.0%}) would have one in "
+        f"training{effect}"
     )
 
 
@@ -244,10 +247,9 @@ def _leaking(split: str, leak: Leak) -> Iterator[Finding]:
         yield Finding("copies-across", "warning", text, hint, leak.exact.num_rows, found_rows(leak.exact.named))
     if num := leak.near.num_rows:
         have = "has" if num == 1 else "have"
-        text = (
-            f"{num:,} {whole} ({leak.share:.0%}) {have} a near copy in the training file: the gap will look too good."
-        )
         level: Level = "warning" if leak.share >= _MANY_COPIES else "note"
+        effect = "the gap will look too good" if level == "warning" else "too few to move the gap much"
+        text = f"{num:,} {whole} ({leak.share:.0%}) {have} a near copy in the training file: {effect}."
         yield Finding("near-copies-across", level, text, hint, leak.near.num_rows, found_rows(leak.near.named))
 
 

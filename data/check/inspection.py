@@ -129,7 +129,7 @@ class Inspection:
         self.lengths = Lengths()
         """Tokens of each row, before the cut."""
         self.targets = Lengths()
-        """Targets of each row that has any, kept."""
+        """Targets of each row that keeps any, before the cut."""
         self.labels: Counter[str] = Counter()
         self.noted: dict[str, Noted] = {}
 
@@ -151,8 +151,8 @@ class Inspection:
         self._note("longest", origin, num_tokens)
         self._note("shortest", origin, -num_tokens)
         if num_targets:
-            self.targets.add(num_targets)
-            self._note("fewest-targets", origin, -num_targets)
+            self.targets.add(num_targets + lost_targets)
+            self._note("fewest-targets", origin, -num_targets - lost_targets)
         self._add_answer(origin, num_targets, lost_targets, has_end)
         self._add_label(example.label)
         self._add_text(example)

@@ -37,17 +37,23 @@ class Chunk:
     num_tokens: int
 
 
-def pieces_of(blocks: Sequence[Block], *, max_tokens: int, count_tokens: CountTokens) -> list[Piece]:
-    """The pieces of a document, none of more than `max_tokens`: gaps and texts joined are the whole document."""
+def pieces_of(blocks: Sequence[Block], *, max_tokens: int, count_tokens: CountTokens) -> tuple[list[Piece], list[int]]:
+    """The pieces of a document, none of more than `max_tokens`, and the tokens of each, the gap before it included.
+
+    Gaps and texts joined are the whole document.
+    """
     whole = [piece for index in range(len(blocks)) for piece in _split(blocks, index)]
-    numbers = count_tokens([piece.text for piece in whole])
     pieces: list[Piece] = []
-    for piece, number in zip(whole, numbers, strict=True):
+    numbers: list[int] = []
+    for piece, number in zip(whole, count_tokens([piece.gap + piece.text for piece in whole]), strict=True):
         if number <= max_tokens:
             pieces.append(piece)
+            numbers.append(number)
         else:
-            pieces += _cut(piece, max_tokens, count_tokens)
-    return pieces
+            parts = list(_cut(piece, max_tokens, count_tokens))
+            pieces += parts
+            numbers += count_tokens([part.gap + part.text for part in parts])
+    return pieces, numbers
 
 
 def _split(blocks: Sequence[Block], index: int) -> Iterator[Piece]:
@@ -104,24 +110,32 @@ def make_chunks(
     """All pieces of a document, and the chunks that cover them.
 
     Every chunk has at most `max_tokens`, starts with the last whole pieces of the chunk before that have at most
-    `overlap` tokens together, and adds at least one piece. The last adds an eighth of `max_tokens` or more, if the one
-    before can't take it.
+    `overlap` tokens together, and adds at least one piece. A last chunk that adds less than an eighth of `max_tokens`
+    goes to the one before, if that has room for it without what it repeats.
     """
-    pieces = pieces_of(blocks, max_tokens=max_tokens, count_tokens=count_tokens)
+    pieces, numbers = pieces_of(blocks, max_tokens=max_tokens, count_tokens=count_tokens)
     if not pieces:
         return [], []
-    packer = _Packer(pieces, max_tokens=max_tokens, overlap=overlap, count_tokens=count_tokens)
+    packer = _Packer(pieces, numbers, max_tokens=max_tokens, overlap=overlap, count_tokens=count_tokens)
     return pieces, list(packer.chunks())
 
 
 class _Packer:
-    def __init__(self, pieces: Sequence[Piece], *, max_tokens: int, overlap: int, count_tokens: CountTokens) -> None:
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        numbers: Sequence[int],
+        *,
+        max_tokens: int,
+        overlap: int,
+        count_tokens: CountTokens,
+    ) -> None:
         self.pieces = pieces
+        # joined, pieces may have more tokens or fewer than alone, so whole chunks are counted again
+        self.numbers = numbers
         self.max_tokens = max_tokens
         self.overlap = overlap
         self.count_tokens = count_tokens
-        # with the gap before it; a gap alone can add tokens, so whole chunks are counted again
-        self.numbers = count_tokens([piece.gap + piece.text for piece in pieces])
 
     def chunks(self) -> Iterator[Chunk]:
         waiting: Chunk | None = None

@@ -423,3 +423,23 @@ def test_the_start_of_a_run_sees_near_copies_in_a_file_of_its_own(write: Write, 
         "2 of 22 validation rows (9%) have a near copy in the training file: the gap will look too good "
         "(valid.jsonl:21 and train.jsonl:5, valid.jsonl:22 and train.jsonl:6)"
     ]
+
+
+def test_a_few_near_copies_across_files_are_a_note(write: Write, chatml: Tokenizer) -> None:
+    rows = clean_rows(150)
+    folder = Path(write(rows[:100], "set/train.jsonl")).parent
+    write([*rows[100:], near_copy(rows[4])], "set/valid.jsonl")
+    finding = only(report_of(str(folder), chatml), "near-copies-across")
+    assert finding.level == "note"
+    assert finding.text == (
+        "1 of 51 validation rows (2%) has a near copy in the training file: too few to move the gap much."
+    )
+
+
+def test_a_cut_answer_is_not_a_short_one_too(write: Write, chatml: Tokenizer) -> None:
+    rows = clean_rows(100)
+    path = write(rows)
+    part = tokenize_data(DataConfig(path=path), chatml).split("train").rows
+    prompts = [int((~part.is_target[index]).sum()) for index in range(100)]
+    kinds = {finding.kind for finding in report_of(path, chatml, max_tokens=min(prompts) + 2).findings}
+    assert kinds == {"truncated", "answer-lost"}

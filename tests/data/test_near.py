@@ -215,6 +215,18 @@ def test_two_instructions_make_no_two_clusters() -> None:
     assert clusters(signatures(texts), threshold=0.7).tolist() == list(range(60))
 
 
+def test_few_minima_of_their_own_prove_nothing() -> None:
+    """All but four minima are the template's, and of these three agree: too few to call rows copies."""
+    random_numbers = np.random.default_rng(2)
+    signature = np.tile(random_numbers.integers(0, 2**32, PERMUTATIONS, dtype=np.uint32), (60, 1))
+    signature[:, :32:8] = random_numbers.integers(0, 2**32, (60, 4), dtype=np.uint32)
+    signature[1::2, :24:8] = signature[::2, :24:8]
+    assert clusters(signature, threshold=0.7).tolist() == list(range(60))
+    signature[:, 32:64:8] = random_numbers.integers(0, 2**32, (60, 4), dtype=np.uint32)
+    signature[1::2, 32:64:8] = signature[::2, 32:64:8]  # seven of eight
+    assert clusters(signature, threshold=0.7).tolist() == [row // 2 * 2 for row in range(60)]
+
+
 def test_copies_of_few_rows_are_no_template() -> None:
     """Five of each, in a data set so small that this is a tenth and more of it."""
     draw = random.Random(8)

@@ -310,6 +310,14 @@ def test_strata_have_their_share_in_each_fold() -> None:
         assert Counter(stratum[row] for row in done.validation) == {"a": 12, "b": 4, "c": 1}
 
 
+def test_small_strata_do_not_all_begin_with_the_first_fold() -> None:
+    """Twenty strata of three rows: in five folds, each leaves two out."""
+    stratum = [row // 3 for row in range(60)]
+    sizes = [len(cut(range(60), folds=5, fold=fold, stratum=stratum).validation) for fold in range(1, 6)]
+    assert sum(sizes) == 60
+    assert min(sizes) >= 6
+
+
 # Token rows
 
 
