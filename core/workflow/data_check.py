@@ -22,18 +22,16 @@ from core.config import DataConfig, RunConfig
 from core.errors import UserError
 from core.files import write_atomic
 from core.models import ResolvedModel
-from core.models.wheel import cache_folder
 from core.protocols import DeviceReport, TokenArray
 from core.screen import logging_to
 from core.settings import Settings
 from core.workflow.data_screen import print_legend, print_report, print_row
-from core.workflow.job import _find_data, changed, find_model
+from core.workflow.job import changed, find_data, find_model, tokenise
 from data.check.collect import ReadRows, check_rows, read_rows
 from data.check.page import MAX_PIECES, ShownRow, make_page
 from data.check.pieces import pieces
 from data.check.report import Report, stops
-from data.dataset import TokenizedData, tokenize_data
-from data.token_cache import cached_rows, rows_key
+from data.dataset import TokenizedData
 from data.tokenize import load_tokenizer
 
 FOUND = 1
@@ -51,15 +49,12 @@ class _Loaded:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Loaded when it is needed: rows that were kept from the last time need none."""
+        """Of the model, to show tokens with."""
         return load_tokenizer(self.model.path, trust_remote_code=self.config.model.trust_remote_code)
 
     def tokenise(self, data: DataConfig) -> TokenizedData:
         """As a run does, with the same cache."""
-        key = None if self.config.model.trust_remote_code else rows_key(data, tokenizer=self.model.path)
-        return cached_rows(
-            cache_folder() / "tokens", key, lambda folder: tokenize_data(data, self.tokenizer, folder=folder)
-        )
+        return tokenise(data, self.model, runs_code=self.config.model.trust_remote_code)
 
 
 def check(settings: Settings, *, as_json: bool, page: Path | None, console: Console) -> int:
@@ -122,7 +117,7 @@ def show(settings: Settings, rows: Sequence[int], *, split: str, console: Consol
 def _load(config: RunConfig) -> _Loaded:
     """Finds model and data as a run would, but loads the tokenizer only."""
     name, device = _device(config)
-    data = config.data.model_copy(update={"path": _find_data(config.data.path)})
+    data = config.data.model_copy(update={"path": find_data(config.data.path)})
     config = changed(config, backend=name, data=data)
     return _Loaded(config, find_model(config, device))
 

@@ -15,7 +15,7 @@ from core.adapter import Adapter, plan_adapter, trains_router
 from core.adapter_files import find_adapter
 from core.architecture import Architecture, read_architecture
 from core.census import census, refuse_wide
-from core.config import FREE_ON_RESUME, MoeConfig, RunConfig, to_plain
+from core.config import FREE_ON_RESUME, DataConfig, MoeConfig, RunConfig, to_plain
 from core.errors import UserError
 from core.init_adapter import other_base, read_init_adapter, read_kept
 from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
@@ -244,20 +244,25 @@ def load_rows(
     config: RunConfig, model: ResolvedModel, architecture: Architecture, *, say_findings: bool = True
 ) -> RunData:
     """The rows that the settings name, tokenised for the model, or found as they were tokenised before."""
-    source = config.data.model_copy(update={"path": _find_data(config.data.path)})
-    seed, runs_code = config.train.seed, config.model.trust_remote_code
-
-    def tokenise(folder: Path | None) -> TokenizedData:
-        return tokenize_data(source, load_tokenizer(model.path, trust_remote_code=runs_code), folder=folder)
-
-    # what a tokenizer's own code makes of a text can't be told from its files
-    key = None if runs_code else rows_key(source, tokenizer=model.path)
-    prepared = split_data(cached_rows(cache_folder() / "tokens", key, tokenise), source, seed=seed)
+    source = config.data.model_copy(update={"path": find_data(config.data.path)})
+    tokenised = tokenise(source, model, runs_code=config.model.trust_remote_code)
+    prepared = split_data(tokenised, source, seed=config.train.seed)
     data = RunData(prepared, config)
     if say_findings:
         _check(prepared, data, config)
     data.check_vocabulary(architecture.vocab_size)
     return data
+
+
+def tokenise(data: DataConfig, model: ResolvedModel, *, runs_code: bool) -> TokenizedData:
+    """The rows of `data` for this model's tokenizer, from the cache where they are kept."""
+    # what a tokenizer's own code makes of a text can't be told from its files
+    key = None if runs_code else rows_key(data, tokenizer=model.path)
+    return cached_rows(
+        cache_folder() / "tokens",
+        key,
+        lambda folder: tokenize_data(data, load_tokenizer(model.path, trust_remote_code=runs_code), folder=folder),
+    )
 
 
 def _check(prepared: Prepared, data: RunData, config: RunConfig) -> None:
@@ -272,7 +277,7 @@ def _check(prepared: Prepared, data: RunData, config: RunConfig) -> None:
         )
 
 
-def _find_data(path: str) -> str:
+def find_data(path: str) -> str:
     """The shipped samples are found from any folder."""
     shipped = _ROOT / path
     return str(shipped) if not Path(path).exists() and shipped.exists() else path
