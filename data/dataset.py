@@ -14,7 +14,6 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from core.config import DataConfig
 from core.errors import UserError
@@ -24,7 +23,7 @@ from data.formats import survey
 from data.keys import HashArray, RowKeys, positions
 from data.pipeline import ChunkSettings, convert_source, findings
 from data.sources import SKIP_HINT, BadRows, Row, Source, count, open_source
-from data.split import cut_rows
+from data.split import cut_rows, overlap
 from data.token_rows import Origins, TokenRows
 from data.tokenize import Renderer, Tokenizer
 
@@ -163,12 +162,12 @@ def split_data(data: TokenizedData, config: DataConfig, *, seed: int) -> Prepare
             f"data.folds {config.folds}: {config.path} brings validation rows of its own",
             hint="give data.path the training file alone",
         )
-    found = list(data.findings)
+    found, near = list(data.findings), config.near_duplicates
     parts = {name: _Part.of(data.split(name), seed) for name in data.inspections}
     train = parts.pop("train")
     if "validation" in parts and "test" in parts:
-        parts["validation"] = _without_copies("validation", parts["validation"], [parts["test"]], found)
-    train = _without_copies("training", train, list(parts.values()), found)
+        parts["validation"] = _without_copies("validation", parts["validation"], [parts["test"]], near, found)
+    train = _without_copies("training", train, list(parts.values()), near, found)
     if extra := len(train.rows) - len(np.unique(train.keys.equal)):
         found.append(f"{count(extra, 'training row')} the same as another; copies stay on one side of the split")
     cut = cut_rows(
@@ -211,28 +210,25 @@ class _Part:
         return _Part(self.rows.select(chosen).renumbered(), self.keys.select(chosen), self.digest[chosen])
 
 
-def _without_copies(side: str, part: _Part, held_out: Sequence[_Part], found: list[str]) -> _Part:
-    """The rows that are not held out as well: files that overlap would make the gap look small."""
+def _without_copies(
+    side: str, part: _Part, held_out: Sequence[_Part], near_duplicates: float | None, found: list[str]
+) -> _Part:
+    """The rows that are not held out as well, nor nearly: files that overlap would make the gap look small."""
     is_copy = np.zeros(len(part.rows), np.bool_)
+    is_grouped = np.zeros(len(part.rows), np.bool_)
     for other in held_out:
-        is_copy |= _among(part, other)
+        is_copy[overlap(part.keys, other.keys, near_duplicates=near_duplicates)] = True
+        if part.keys.group is not None and other.keys.group is not None:
+            is_grouped |= np.isin(part.keys.group, other.keys.group)
+    if num_grouped := int(np.count_nonzero(is_grouped & ~is_copy)):
+        found.append(f"{count(num_grouped, f'{side} row')} in a group (data.group) that another file holds out in part")
     if is_copy.all():
         raise UserError(f"every {side} row is also in another file of the data", hint="give the files different rows")
     if not (num := int(np.count_nonzero(is_copy))):
         return part
-    found.append(f"{count(num, f'{side} row')} left out: the same rows are held out in another file")
+    like = "the same rows" if near_duplicates is None else "the same rows, or near copies,"
+    found.append(f"{count(num, f'{side} row')} left out: {like} are held out in another file")
     return part.select(np.flatnonzero(~is_copy))
-
-
-def _among(part: _Part, other: _Part) -> npt.NDArray[np.bool_]:
-    """bool [N]: which rows have the tokens of a row of `other`. Where the hashes agree, the tokens are compared."""
-    rising = np.argsort(other.keys.equal, kind="stable")
-    hashes = other.keys.equal[rising]
-    found = np.isin(part.keys.equal, hashes)
-    for index in np.flatnonzero(found).tolist():
-        twin = int(rising[np.searchsorted(hashes, part.keys.equal[index])])
-        found[index] = np.array_equal(part.rows.ids[index], other.rows.ids[twin])
-    return found
 
 
 def _fingerprint(sides: Mapping[str, _Part], config: DataConfig) -> str:

@@ -8,7 +8,7 @@ copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -246,17 +246,6 @@ def _fill_empty(side: IntArray, place: HashArray, needed: Sequence[int]) -> None
 
 
 # Token rows
-
-
-def num_copies(rows: TokenRows) -> int:
-    """Rows that have the same tokens as an earlier one."""
-    return len(rows) - len({ids.tobytes() for ids in rows.ids})
-
-
-def rows_not_in(rows: TokenRows, others: Iterable[TokenRows]) -> list[int]:
-    """Indices of the rows whose tokens no row of `others` has."""
-    taken = {ids.tobytes() for other in others for ids in other.ids}
-    return [index for index, ids in enumerate(rows.ids) if ids.tobytes() not in taken]
 
 
 def probe_rows(rows: TokenRows, *, count: int, seed: int) -> TokenRows:

@@ -70,13 +70,39 @@ def test_rows_that_are_held_out_are_not_trained_on(write: Write, tmp_path: Path,
     assert answers(prepared.train, chatml) == [1, 2, 3, 4, 1, 2]
     assert answers(prepared.validation, chatml) == list(range(5, 12))
     assert prepared.findings == (
-        "1 validation row left out: the same rows are held out in another file",
-        "6 training rows left out: the same rows are held out in another file",
+        "1 validation row left out: the same rows, or near copies, are held out in another file",
+        "6 training rows left out: the same rows, or near copies, are held out in another file",
         "2 training rows the same as another; copies stay on one side of the split",
     )
     write(pairs(range(4, 6)), "set/train.jsonl")
     with pytest.raises(UserError, match="every training row is also in another file"):
         load(str(tmp_path / "set"), chatml)
+
+
+def test_near_copies_of_held_out_rows_are_not_trained_on(write: Write, tmp_path: Path, chatml: Tokenizer) -> None:
+    question = "Which metal rings the loudest when a hammer of oak falls on it in the cold"
+    write([{"prompt": question + "?", "completion": "7"}, *pairs(range(5))], "set/train.jsonl")
+    write([{"prompt": question + ", tell me?", "completion": "7"}, *pairs(range(50, 55))], "set/valid.jsonl")
+    assert answers(load(str(tmp_path / "set"), chatml).train, chatml) == [1, 2, 3, 4, 5]
+    assert len(load(str(tmp_path / "set"), chatml, near_duplicates=None).train) == 6
+
+
+def test_groups_on_both_sides_of_given_files_are_said(write: Write, tmp_path: Path, chatml: Tokenizer) -> None:
+    for name, rows in (("train", range(6)), ("valid", range(4, 9))):
+        write(
+            [row | {"ward": str(index // 2)} for index, row in zip(rows, pairs(rows), strict=True)], f"set/{name}.jsonl"
+        )
+    prepared = load(str(tmp_path / "set"), chatml, group="ward")
+    assert len(prepared.train) == 4
+    assert prepared.findings == (
+        "2 training rows left out: the same rows, or near copies, are held out in another file",
+    )
+    write(
+        [{"prompt": "Another?", "completion": "1", "ward": "3"}, *(row | {"ward": "9"} for row in pairs(range(3)))],
+        "set/train.jsonl",
+    )
+    found = load(str(tmp_path / "set"), chatml, group="ward").findings
+    assert found == ("1 training row in a group (data.group) that another file holds out in part",)
 
 
 def test_validation_rows_are_needed(write: Write, chatml: Tokenizer) -> None:

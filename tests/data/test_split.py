@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from core.errors import UserError
 from data.keys import RowKeys, hash_text, positions
 from data.near import signatures
-from data.split import Cut, cut_rows, num_copies, overlap, probe_rows, rows_not_in, unit_of_rows
+from data.split import Cut, cut_rows, overlap, probe_rows, unit_of_rows
 from data.token_rows import TokenRows
 
 
@@ -319,11 +319,6 @@ def test_small_strata_do_not_all_begin_with_the_first_fold() -> None:
 
 
 # Token rows
-
-
-def test_copies_are_counted_and_found_elsewhere() -> None:
-    assert num_copies(token_rows([1, 2, 1, 1, 3])) == 2
-    assert rows_not_in(token_rows([1, 2, 3]), [token_rows([2]), token_rows([9])]) == [0, 2]
 
 
 def test_probe_keeps_row_ids_and_is_fixed() -> None:
