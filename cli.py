@@ -42,6 +42,9 @@ _SETTING_FLAGS = (*((flag, name) for flag, name, _, _ in _FLAGS), ("--strict", "
 _WHERE = ("--backend", "--device", "--model", "--data")
 """Flags that say where things are; a resumed run may find them elsewhere."""
 
+_NOT_REPEATED = ("--backend", "--output")
+"""Flags that a command which parity shows has of its own."""
+
 
 def train(args: argparse.Namespace) -> int:
     """Fine-tunes a model, or continues a run with --resume."""
@@ -157,7 +160,7 @@ def parity(args: argparse.Namespace) -> int:
                 steps=_steps(args),
                 four_bits=not args.skip_4bit,
                 console=make_console(),
-                typed=None if args.one_of_two else _typed(args),
+                typed=None if args.one_of_two else settings.typed_words(without=_NOT_REPEATED),
             )
         case []:
             return _parity_of_both(args)
@@ -186,7 +189,7 @@ def _parity_of_both(args: argparse.Namespace) -> int:
         four_bits=not args.skip_4bit,
         problems={report.backend: "" if report.available else report.problem or "not installed" for report in reports},
         command=(sys.executable, os.path.abspath(__file__)),
-        typed=_typed(args),
+        typed=settings.typed_words(without=_NOT_REPEATED),
         console=make_console(),
     )
 
@@ -356,17 +359,6 @@ def _given(args: argparse.Namespace) -> list[str]:
     given = [flag for flag, name in _SETTING_FLAGS if values[name] is not None]
     lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
     return given + [flag for flag, name in lists if values[name]]
-
-
-def _typed(args: argparse.Namespace) -> list[str]:
-    """The settings as they were typed, apart from backend and output."""
-    values = vars(args)
-    lists = (("--preset", "preset"), ("--config", "config"), ("--set", "assignments"))
-    typed = [word for flag, name in lists for value in values[name] for word in (flag, value)]
-    for flag, name in _SETTING_FLAGS:
-        if values[name] is not None and name not in ("backend", "output"):
-            typed += [flag] if values[name] is True else [flag, str(values[name])]
-    return typed
 
 
 def _print_json(value: object) -> int:

@@ -3,11 +3,12 @@
     python benchmarks/data_scale.py [--rows 1000000] [--model HuggingFaceTB/SmolLM2-135M-Instruct]
 
 Rows of generated words, about 100 tokens each in the model's chat template, are written as JSONL. Then they are loaded
-as `train` does it (`core.workflow.job.load_rows`), each time by a process of its own: cold, with an empty cache; again;
-and again with another seed, which splits the same rows anew. Measured are the seconds until the rows are there, the
-further seconds until the first batches of training and validation are, the processor seconds of all processes together,
-and the peak of the memory of the process and its workers together, looked at twice a second: resident, mapped files
-included (pages that two processes share count twice), and anonymous, what the programs need for themselves (on Linux).
+and checked as `train` does it (`core.workflow.job.load_rows`), each time by a process of its own: cold, with an empty
+cache; again; and again with another seed, which splits the same rows anew. Measured are the seconds until the rows are
+there, the further seconds until the first batches of training and validation are, the processor seconds of all
+processes together, and the peak of the memory of the process and its workers together, looked at twice a second:
+resident, mapped files included (pages that two processes share count twice), and anonymous, what the programs need for
+themselves (on Linux).
 Leaves a table and benchmarks/results/data_scale.json.
 """
 
@@ -99,7 +100,7 @@ def _memory(pid: int) -> tuple[int, int]:
 
 
 def turn(rows: str, model: str, seed: int) -> Result:
-    """Loads the rows as `train` does."""
+    """Loads and checks the rows as `train` does."""
     watch = MemoryWatch()
     watch.start()
     began = time.perf_counter()
@@ -111,7 +112,7 @@ def turn(rows: str, model: str, seed: int) -> Result:
     folder = Path(model)
     resolved = ResolvedModel(path=folder, name="model", revision=None, source="folder", note="", parameters=0)
     config = RunConfig.model_validate({"data": {"path": rows}, "train": {"seed": seed}})
-    data = job.load_rows(config, resolved, read_architecture(folder), say_findings=False)
+    data = job.load_rows(config, resolved, read_architecture(folder))
     loaded = time.perf_counter()
     first = data.epoch(0)[0], data.validation[0]
     batched = time.perf_counter()

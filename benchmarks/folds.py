@@ -53,7 +53,7 @@ def _eval_every(folds: int) -> int:
 
 
 def show(found: Result) -> None:
-    """The table of a result, in Markdown, and the sentence on luck."""
+    """The table of a result, in Markdown, and the sentence on luck. Pooled: each token counted once, not each fold."""
     print("| fold | rows | validation loss | gap | its own interval | grade |\n|---|---|---|---|---|---|")
     for one in found["results"]:
         loss = f"{one['base_val_loss']:.3f} → {one['best_val_loss']:.3f}"
@@ -62,8 +62,10 @@ def show(found: Result) -> None:
         print(f"| {one['fold']} | {rows} | {loss} | {one['gap']:z.3f} | {interval} | {one['grade']} |")
     gap, loss = found["gap"], found["best_val_loss"]
     interval = f"[{gap['low']:z.3f}, {gap['high']:z.3f}]"
-    print(f"| mean | | {loss['mean']:.3f} | {gap['mean']:z.3f} | {interval} | {found['grade']} |")
+    print(f"| fold mean | | {loss['mean']:.3f} | {gap['mean']:z.3f} | {interval} | {found['grade']} |")
     print(f"| standard deviation | | {loss['sd']:.3f} | {gap['sd']:.3f} | {found['own_sd']:.3f} | |")
+    if (pooled := found["pooled_val_loss"]) is not None:
+        print(f"| pooled, {pooled['num_targets']:,} tokens | | {pooled['base']:.3f} → {pooled['best']:.3f} | | | |")
     print(f"\n{found['luck']}")
 
 

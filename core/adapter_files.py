@@ -19,6 +19,7 @@ from core.adapter import Adapter
 from core.architecture import Architecture
 from core.errors import UserError
 from core.files import disk_errors, to_json, write_atomic
+from core.folds import run_with_adapter
 from core.tensor_files import read_float32
 
 CONFIG = "adapter_config.json"
@@ -85,16 +86,17 @@ class AdapterFolder:
 
 
 def find_adapter(path: Path, *, form: Form | None = None) -> AdapterFolder:
-    """Looks at an adapter folder, or at the `adapters` folder of a run.
+    """Looks at an adapter folder, or at the `adapters` folder of a run; of folds, at that of the run on all rows.
 
     Args:
         form: the form that is wanted, of a folder that may have both.
 
     Raises:
-        UserError: there is no adapter of a known form.
+        UserError: there is no adapter of a known form, or folds without a run on all rows.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder", hint=f"an adapter folder holds {CONFIG} and its weights")
+    path = run_with_adapter(path)
     folder = path if (path / CONFIG).is_file() else path / "adapters"
     if not (folder / CONFIG).is_file():
         raise UserError(f"{path}: no adapter here (no {CONFIG})", hint=_WHAT_IT_HOLDS)

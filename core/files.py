@@ -25,7 +25,7 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full",
                 hint="free some space, then continue with: python cli.py train --resume",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
             raise UserError(
                 f"{path}: cannot write here ({error.strerror})",
                 hint="choose another folder with --output",

@@ -3,6 +3,9 @@
 Pure but for reading the folder. A parent folder holds `folds.json` (the plan and how far it is), the folds as ordinary
 run folders `fold-1` to `fold-K`, perhaps `final`, and at the end `folds_summary.json`.
 
+A loss is given in two ways, which differ as the folds differ in size: the mean of the folds' losses, each fold counted
+once, which has a spread and an interval; and the pooled loss of all validation rows, each target token counted once.
+
 The interval of a mean over folds is Student's t (K - 1 degrees of freedom). The folds share most of their training
 rows, so it is somewhat too narrow, and no estimate from one round of folds can mend that (Bengio and Grandvalet 2004,
 "No unbiased estimator of the variance of k-fold cross-validation", JMLR 5).
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 import socket
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from core.errors import UserError
 from core.files import read_json
 from core.overfitting import GRADES, Grade, grade_of
 from core.records import number, whole
+from core.row_losses import read_row_losses
 from core.run import COMPLETE, FOLDS, SUMMARY, is_locked, read_state
 
 FOLDS_SUMMARY = "folds_summary.json"
@@ -91,10 +95,23 @@ class FoldResult:
     num_train_rows: int | None = None
     num_val_rows: int | None = None
     error: str | None = None
+    num_val_targets: int | None = None
+    """Target tokens of the validation rows."""
+    total_steps: int | None = None
+    """Steps that its learning rate is laid out for, with those that an early stop spared."""
 
     @property
     def is_done(self) -> bool:
-        return self.status in COMPLETE and self.gap is not None and self.best_val_loss is not None
+        """Whether the run ended and its summary has all that the verdict needs."""
+        return self.status in COMPLETE and None not in (
+            self.gap,
+            self.gap_low,
+            self.gap_high,
+            self.grade,
+            self.base_val_loss,
+            self.best_val_loss,
+            self.best_step,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -110,6 +127,7 @@ def read_fold(parent: Path, fold: int, *, error: str | None = None) -> FoldResul
         status = "interrupted"  # killed
     summary = summary if isinstance(summary, dict) and status in COMPLETE else {}
     grade = next((known for known in GRADES if known == summary.get("grade")), None)
+    best_step = whole(summary.get("best_step"))
     return FoldResult(
         fold=fold,
         status=status,
@@ -120,11 +138,24 @@ def read_fold(parent: Path, fold: int, *, error: str | None = None) -> FoldResul
         grade=grade,
         base_val_loss=number(summary.get("base_val_loss")),
         best_val_loss=number(summary.get("best_val_loss")),
-        best_step=whole(summary.get("best_step")),
+        best_step=best_step,
         num_train_rows=whole(state.get("num_train_rows")),
         num_val_rows=whole(state.get("num_val_rows")),
         error=state.get("error") or error if status == "failed" else None,
+        num_val_targets=None if best_step is None else _num_val_targets(folder, best_step),
+        total_steps=whole(state.get("total_steps")),
     )
+
+
+def _num_val_targets(folder: Path, step: int) -> int | None:
+    """Of the rows evaluated at `step`; None where that can't be read."""
+    from safetensors import SafetensorError
+
+    try:
+        losses = read_row_losses(folder, step)
+    except (SafetensorError, KeyError, OSError):
+        return None
+    return None if losses is None else int(losses[0].num_targets.sum())
 
 
 def read_folds(parent: Path) -> list[FoldResult]:
@@ -136,6 +167,11 @@ def read_folds(parent: Path) -> list[FoldResult]:
         read_fold(parent, fold, error=errors.get(fold_name(fold)))
         for fold in range(1, (whole(plan.get("folds")) or 0) + 1)
     ]
+
+
+def damaged(results: Sequence[FoldResult]) -> list[str]:
+    """Folds that ended, but whose summary does not say how."""
+    return [fold_name(result.fold) for result in results if result.status in COMPLETE and not result.is_done]
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -191,6 +227,33 @@ def _central(angle: float, degrees: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledLoss:
+    """Over the validation rows of all folds that are done, in nats per target token: sum of losses over sum of tokens.
+
+    Each row is judged once, by the fold that did not train on it.
+    """
+
+    base: float
+    """Before the first step."""
+    best: float
+    """Each row at its fold's best step."""
+    num_targets: int
+
+    @classmethod
+    def of(cls, done: Sequence[FoldResult]) -> PooledLoss | None:
+        """None where a fold does not say how many tokens it was judged on."""
+        base = best = 0.0
+        total = 0
+        for fold in done:
+            if not fold.num_val_targets or fold.base_val_loss is None or fold.best_val_loss is None:
+                return None
+            base += fold.base_val_loss * fold.num_val_targets
+            best += fold.best_val_loss * fold.num_val_targets
+            total += fold.num_val_targets
+        return cls(base / total, best / total, total) if total else None
+
+
+@dataclass(frozen=True, slots=True)
 class FoldsVerdict:
     """What the folds say together."""
 
@@ -204,6 +267,10 @@ class FoldsVerdict:
     grade: Grade
     """Of the mean gap."""
     median_best_step: int
+    schedule_steps: int | None
+    """Median of the folds' `total_steps`: the schedule that their best steps belong to. None where a fold's is not
+    known."""
+    pooled: PooledLoss | None
     own_sd: float
     """What one split says of its gap's uncertainty: the folds' bootstrap intervals as a standard deviation, averaged
     as variances."""
@@ -234,7 +301,9 @@ class FoldsVerdict:
             "gap": asdict(self.gap),
             "base_val_loss": asdict(self.base_val_loss),
             "best_val_loss": asdict(self.best_val_loss),
+            "pooled_val_loss": None if self.pooled is None else asdict(self.pooled),
             "best_step": {**asdict(self.best_step), "median": self.median_best_step},
+            "schedule_steps": self.schedule_steps,
             "confidence": self.guard.confidence,
             "own_sd": self.own_sd,
             "intervals_with_the_mean": self.num_covering,
@@ -256,6 +325,7 @@ def judge(results: Sequence[FoldResult], guard: GuardConfig) -> FoldsVerdict | N
         )
 
     gap = spread(lambda result: result.gap)
+    totals = [result.total_steps for result in done if result.total_steps]
     return FoldsVerdict(
         results=tuple(results),
         guard=guard,
@@ -264,9 +334,15 @@ def judge(results: Sequence[FoldResult], guard: GuardConfig) -> FoldsVerdict | N
         base_val_loss=spread(lambda result: result.base_val_loss),
         best_step=spread(lambda result: result.best_step),
         grade=grade_of(gap.mean, guard.grades),
-        median_best_step=max(math.floor(statistics.median(result.best_step or 1 for result in done) + 0.5), 1),
+        median_best_step=_median_step(result.best_step or 1 for result in done),
+        schedule_steps=_median_step(totals) if len(totals) == len(done) else None,
+        pooled=PooledLoss.of(done),
         own_sd=math.sqrt(statistics.fmean(_own_variance(result, guard.confidence) for result in done)),
     )
+
+
+def _median_step(steps: Iterable[int]) -> int:
+    return max(math.floor(statistics.median(steps) + 0.5), 1)
 
 
 def _own_variance(result: FoldResult, confidence: float) -> float:

@@ -46,7 +46,7 @@ class FoldsView:
         """The table and, at the end, the verdict or how to go on."""
         said: list[str] = []
         if self.status in ("finished", "failed"):
-            failed = [fold_name(result.fold) for result in self.results if not result.is_done]
+            failed = [fold_name(result.fold) for result in self.results if result.status not in COMPLETE]
             said = verdict_lines(self.folder, self.verdict, failed=failed, has_final=self.has_final, start=self.start)
         elif self.has_ended:
             said = [f"continue with: python cli.py train --resume {self.folder}"]

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.text import Text
 
 from core.errors import UserError
-from core.folds import FINAL, FOLDS_PLOT, FoldResult, FoldsVerdict, Spread, luck
+from core.folds import FINAL, FOLDS_PLOT, FoldResult, FoldsVerdict, PooledLoss, Spread, damaged, luck
 from core.overfitting import grade_of
-from core.run import ADAPTERS
+from core.run import ADAPTERS, COMPLETE, SUMMARY
 from core.screen import GRADE_STYLES, wrapped
 
 _HEAD = ["", "rows", "base", "val", "step", "gap", "grade"]
@@ -65,6 +65,9 @@ def table_lines(results: Sequence[FoldResult], verdict: FoldsVerdict | None) -> 
     if verdict is not None and len(verdict.done) > 1:
         rows += [_mean_cells(verdict), _sd_cells(verdict)]
         styles += ["bold", ""]
+        if verdict.pooled is not None:
+            rows.append(_pooled_cells(verdict, verdict.pooled))
+            styles.append("")
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
     return [_line(row, widths, style) for row, style in zip(rows, styles, strict=True)]
 
@@ -82,6 +85,7 @@ def _fold_cells(result: FoldResult) -> list[str]:
     rows = "" if result.num_train_rows is None else f"{result.num_train_rows} + {result.num_val_rows}"
     if not result.is_done:
         where = f", step {result.step}" if result.step else ""
+        where = f", {SUMMARY} damaged" if result.status in COMPLETE else where
         return [name, rows, "", "", "", f"{result.status.replace('_', ' ')}{where}", ""]
     grade = str(result.grade)
     return [
@@ -97,7 +101,7 @@ def _fold_cells(result: FoldResult) -> list[str]:
 
 def _mean_cells(verdict: FoldsVerdict) -> list[str]:
     return [
-        "mean",
+        "fold mean",
         "",
         _three(verdict.base_val_loss.mean),
         _three(verdict.best_val_loss.mean),
@@ -118,6 +122,13 @@ def _sd_cells(verdict: FoldsVerdict) -> list[str]:
         f"{_three(verdict.gap.sd)} (own interval: {verdict.own_sd:.3f})",
         "",
     ]
+
+
+def _pooled_cells(verdict: FoldsVerdict, pooled: PooledLoss) -> list[str]:
+    """Losses only: the gap's spread, which the verdict is about, is one between folds."""
+    rows = [result.num_val_rows for result in verdict.done]
+    num = "" if None in rows else f"{sum(count for count in rows if count is not None)} validated"
+    return ["pooled", num, _three(pooled.base), _three(pooled.best), "", "", ""]
 
 
 def interval(spread: Spread) -> str:
@@ -141,17 +152,29 @@ def verdict_lines(
         lines += ["", f"  plot      {folder / FOLDS_PLOT}"]
     if has_final:
         lines.append(f"  adapter   {folder / FINAL / ADAPTERS}   (of all rows; PEFT and mlx-lm)")
+    if verdict is not None and (names := damaged(verdict.results)):
+        lines.append(f"  damaged   {', '.join(f'{name}/{SUMMARY}' for name in names)}")
+        where = " and ".join(str(folder / name) for name in names)
+        return [*lines, f"  next      to train again, remove {where}, then: python cli.py train --resume {folder}"]
     if failed:
         lines.append(f"  failed    {', '.join(failed)}")
         return [*lines, f"  next      try again: python cli.py train --resume {folder}"]
     if has_final:
         return [*lines, f'  next      python cli.py generate {folder / FINAL} --prompt "…"']
-    steps = verdict.median_best_step if verdict else 0
+    if verdict is None:
+        return lines
     return [
         *lines,
-        f"  next      a run on all rows, of {steps} step{'s' * (steps != 1)} (the folds' median best step): "
-        f"python cli.py train --resume {folder} --final",
+        f"  next      a run on all rows, {final_steps(verdict)}: python cli.py train --resume {folder} --final",
     ]
+
+
+def final_steps(verdict: FoldsVerdict) -> str:
+    """How long the run on all rows is, and at which learning rates, in words."""
+    steps, schedule = verdict.median_best_step, verdict.schedule_steps
+    if schedule is None:
+        return f"of {steps} step{'s' * (steps != 1)} (the folds' median best step)"
+    return f"to step {steps} of the folds' {schedule} (their median best step, at their learning rates)"
 
 
 def _findings(verdict: FoldsVerdict, start: str) -> list[str]:
@@ -160,6 +183,11 @@ def _findings(verdict: FoldsVerdict, start: str) -> list[str]:
     if verdict.gap.sd is not None:
         lines.append(f"  mean gap  {_three(verdict.gap.mean)}{interval(verdict.gap)} at {level}   {verdict.grade}")
         lines += _doubt(verdict)
+    if (pooled := verdict.pooled) is not None and verdict.gap.sd is not None:
+        lines.append(
+            f"  pooled    validation loss {pooled.base:.3f} → {pooled.best:.3f}, each of {pooled.num_targets:,} target "
+            "tokens counted once; the fold mean counts each fold once"
+        )
     if others := verdict.disagreeing:
         named = ", ".join(f"fold {other.fold} {other.grade} ({_three(other.gap)})" for other in others)
         lines.append(f"  disagree  {named}")

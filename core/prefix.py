@@ -27,7 +27,8 @@ from core.protocols import (
     TrainState,
     Weight,
 )
-from core.trainer import TrainingData, plan_steps
+from core.schedule import plan_steps
+from core.trainer import TrainingData
 
 PAYS_FROM = 0.1
 """Share of the frozen layers' work that must be spared before `auto` keeps anything; the next run spares the rest."""

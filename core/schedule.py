@@ -1,10 +1,37 @@
-"""The learning rate as a pure function of the optimiser step."""
+"""How many optimiser steps a run has, and the learning rate of each: pure functions."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from core.config import ScheduleConfig
+from core.config import RunConfig, ScheduleConfig
+
+SCHEDULE_STEPS = "schedule_steps"
+"""In the state and in every checkpoint of a run: `Plan.schedule_steps`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many steps there are."""
+
+    steps_per_epoch: int
+    total_steps: int
+    schedule_steps: int | None = None
+    """Steps that the learning rate is laid out for, where they are not the run's: it ends before its schedule does."""
+
+    def epoch_of(self, step: int) -> int:
+        """Epoch that step `step` belongs to, counting from 1; 0 before the first step."""
+        return math.ceil(step / self.steps_per_epoch)
+
+
+def plan_steps(config: RunConfig, *, batches_per_epoch: int, schedule_steps: int | None = None) -> Plan:
+    """Optimiser steps of the run: the last group of an epoch may be short, no step spans two epochs."""
+    steps_per_epoch = math.ceil(batches_per_epoch / config.train.accumulation)
+    total = config.train.max_steps
+    if total is None:
+        total = math.ceil(config.train.epochs * steps_per_epoch - 1e-9)  # 1.1 x 50 is a little more than 55
+    return Plan(steps_per_epoch=steps_per_epoch, total_steps=max(total, 1), schedule_steps=schedule_steps)
 
 
 def num_warmup_steps(schedule: ScheduleConfig, *, total_steps: int) -> int:

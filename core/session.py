@@ -18,7 +18,7 @@ from core.adapter_files import write_adapter
 from core.architecture import ROUTER
 from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import Checkpoint, Checkpointer
-from core.config import BASE_MODEL, RunConfig, to_plain
+from core.config import BASE_MODEL, to_plain
 from core.errors import OutOfMemoryError, UserError
 from core.expert_plot import write_expert_plot
 from core.files import write_atomic
@@ -40,12 +40,14 @@ from core.moves import (
 from core.plots import write_training_curves
 from core.prefix import PrefixReport
 from core.protocols import Learner, RowLosses, Tensors
+from core.records import whole
 from core.remeasure import remeasure
 from core.row_losses import read_row_losses
 from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_split, write_summary
+from core.schedule import SCHEDULE_STEPS, plan_steps
 from core.screen import TrainScreen, count, logging_to_file
 from core.signals import InterruptFlag
-from core.trainer import Trainer, plan_steps
+from core.trainer import Trainer
 from core.verdict import NOT_JUDGED, not_judged, summarize, verdict_lines
 
 if TYPE_CHECKING:
@@ -58,16 +60,28 @@ class Session:
     """Holds what a run needs while it runs. The caller has locked the folder and closes the learner."""
 
     def __init__(
-        self, job: Job, learner: Learner, folder: Path, *, console: Console, prefix: PrefixReport | None = None
+        self,
+        job: Job,
+        learner: Learner,
+        folder: Path,
+        *,
+        console: Console,
+        prefix: PrefixReport | None = None,
+        schedule_steps: int | None = None,
     ) -> None:
-        """`prefix`: what the learner was spared; it was done before this."""
+        """Of a new run.
+
+        Args:
+            prefix: what the learner was spared; it was done before this.
+            schedule_steps: as of `core.schedule.Plan`; a run that is resumed has its own.
+        """
         self._job = job
         self._prefix = prefix
         self._config = job.config
         self._learner = learner
         self._folder = folder
         self._console = console
-        self._plan = plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch)
+        self._plan = plan_steps(job.config, batches_per_epoch=job.data.batches_per_epoch, schedule_steps=schedule_steps)
         self._census = census.census(learner.weights())
         self._place = Place.of(job.config, job.device, job.architecture, folder=job.model.path)
         self._arrival = Arrival(moved_to((), self._place, from_step=0))
@@ -77,7 +91,7 @@ class Session:
         if self._config.lora.init_adapter is not None:
             init_adapter.keep(self._folder / init_adapter.COPY, self._job.adapter)
         write_split(self._folder, self._job.data.split_rows())
-        _write_config(self._folder, self._config)
+        self._write_config()
         return self._run(Checkpointer(self._folder, keep=self._config.checkpoint.keep), None)
 
     def resume(self) -> int:
@@ -88,6 +102,8 @@ class Session:
         """
         checkpointer = Checkpointer(self._folder, keep=self._config.checkpoint.keep)
         checkpoint = checkpointer.latest()
+        kept = read_state(self._folder) if checkpoint is None else checkpoint.trainer
+        self._plan = replace(self._plan, schedule_steps=whole(kept.get(SCHEDULE_STEPS)))
         if checkpoint is None:
             self._refuse_if_all_damaged()
             _log.info("no checkpoint yet: starting from the first step")
@@ -138,7 +154,7 @@ class Session:
             # the journal first: if it is refused, the state file stays as it was
             journal = Journal(self._folder, keep_bytes=checkpoint.trainer["journal_bytes"] if checkpoint else 0)
             stack.callback(journal.close)
-            _write_config(self._folder, self._config)  # of a run that moved: only now that nothing stands against it
+            self._write_config()  # of a run that moved: only now that nothing stands against it
             self._state = RunState(self._folder, self._facts(checkpoint))
             self._state.update()
             stack.enter_context(logging_to_file(self._folder / LOG))
@@ -156,6 +172,18 @@ class Session:
                     status = self._trainer.run(checkpoint)
                 return self._finish(status, flag)
 
+    def _write_config(self) -> None:
+        """Leaves a file that says the same alone."""
+        import yaml
+
+        plain = to_plain(self._config.model_copy(update={"output": None}))
+        head = "# The settings of this run, fully resolved. Repeat it with: python cli.py train --config FILE\n"
+        if (steps := self._plan.schedule_steps) is not None:
+            head += f"# (That would lay the learning rate out for train.max_steps; here it is for {steps} steps.)\n"
+        path, text = self._folder / CONFIG, head + yaml.safe_dump(plain, sort_keys=False)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_atomic(path, text)
+
     def _make_trainer(self, journal: Journal, screen: TrainScreen, flag: InterruptFlag) -> Trainer:
         return Trainer(
             config=self._config,
@@ -171,6 +199,7 @@ class Session:
             identity=self._job.identity,
             origin={PLACE: self._place.to_dict(self._arrival.moves)},
             seconds_before=0.0 if self._prefix is None else self._prefix.seconds,
+            schedule_steps=self._plan.schedule_steps,
         )
 
     @contextmanager
@@ -248,6 +277,11 @@ class Session:
         measured = read_row_losses(self._folder, 0)
         return None if measured is None else measured[0]
 
+    def _base_gap(self) -> float | None:
+        """Gap before the first step: how much harder the held-out rows are, whatever training does."""
+        measured = read_row_losses(self._folder, 0)
+        return None if measured is None else measured[0].mean - measured[1].mean
+
     def _write_adapters(self, tensors: Tensors) -> Adapter:
         adapter = self._job.adapter.with_tensors(
             {name: np.asarray(tensor, np.float32) for name, tensor in tensors.items()}
@@ -267,6 +301,7 @@ class Session:
         )
         return {
             **summary,
+            "base_gap": self._base_gap(),
             "weights": census.to_plain(self._census),
             "prefix_store": None if self._prefix is None else asdict(self._prefix),
             MOVES: plain(self._arrival.moves),
@@ -331,6 +366,7 @@ class Session:
             "num_trainable": self._learner.num_trainable,
             "steps_per_epoch": self._plan.steps_per_epoch,
             "total_steps": self._plan.total_steps,
+            SCHEDULE_STEPS: self._plan.schedule_steps,
             "epochs": config.train.epochs,
             "eval_every": config.eval.every,
             "patience": config.guard.patience,
@@ -358,7 +394,7 @@ class Session:
             f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
             f"  plan     {self._plan.total_steps} steps of {self._step_size()}, "
-            f"{self._epochs()} · watch it with: python cli.py monitor{self._named()}",
+            f"{self._epochs()}{self._schedule()} · watch it with: python cli.py monitor{self._named()}",
         ]
         if checkpoint is not None:
             lines.append(f"  resumed  after step {checkpoint.step}, from {checkpoint.path}")
@@ -387,6 +423,10 @@ class Session:
     def _epochs(self) -> str:
         epochs = self._plan.total_steps / self._plan.steps_per_epoch
         return f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+
+    def _schedule(self) -> str:
+        steps = self._plan.schedule_steps
+        return "" if steps in (None, self._plan.total_steps) else f", at the learning rates of a run of {steps}"
 
     def _named(self) -> str:
         """` FOLDER` where commands without it would look at another run."""
@@ -433,17 +473,6 @@ class Session:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _write_config(folder: Path, config: RunConfig) -> None:
-    """Leaves a file that says the same alone."""
-    import yaml
-
-    plain = to_plain(config.model_copy(update={"output": None}))
-    head = "# The settings of this run, fully resolved. Repeat it with: python cli.py train --config FILE\n"
-    path, text = folder / CONFIG, head + yaml.safe_dump(plain, sort_keys=False)
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_atomic(path, text)
 
 
 def _log_to_file_only(line: str) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ class Settings:
     config: RunConfig
     sources: Mapping[str, str]
     """Dotted name -> source, for every value that is not a default."""
+    typed: Sequence[tuple[str, ...]] = ()
+    """What was typed, each flag with its value, in the order of precedence."""
+
+    def typed_words(self, *, without: Collection[str] = ()) -> list[str]:
+        """The settings as words of a command line that gives them again; `without`: flags to leave out."""
+        return [word for words in self.typed if words[0] not in without for word in words]
 
     def source_of(self, name: str) -> str:
         return self.sources.get(name, DEFAULT)
@@ -97,7 +103,13 @@ def resolve(
     layers += [layer for path in files for layer in _file_layers(path, ())]
     layers += [_assignment_layer(text) for text in assignments]
     layers += [Layer(flag, _nest(name, value)) for name, (flag, value) in (flags or {}).items()]
-    return _validated(layers)
+    typed = [
+        *(("--preset", name) for name in presets),
+        *(("--config", str(path)) for path in files),
+        *(("--set", text) for text in assignments),
+        *((flag,) if value is True else (flag, str(value)) for flag, value in (flags or {}).values()),
+    ]
+    return replace(_validated(layers), typed=typed)
 
 
 def load_config(path: Path) -> RunConfig:

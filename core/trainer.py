@@ -28,7 +28,7 @@ from core.overfitting import Gap, measure_gap
 from core.protocols import Batch, IntArray, Learner, RowLosses, StepOutput, Tensors
 from core.routing import Routing, RoutingReport
 from core.row_losses import write_row_losses
-from core.schedule import lr_at
+from core.schedule import SCHEDULE_STEPS, lr_at, plan_steps
 
 Status = Literal["finished", "early_stopped", "interrupted"]
 HEARTBEAT_SECONDS = 1.0
@@ -69,34 +69,14 @@ class Screen(Protocol):
     def show_phase(self, phase: str) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How many steps there are."""
-
-    steps_per_epoch: int
-    total_steps: int
-
-    def epoch_of(self, step: int) -> int:
-        """Epoch that step `step` belongs to, counting from 1; 0 before the first step."""
-        return math.ceil(step / self.steps_per_epoch)
-
-
-def plan_steps(config: RunConfig, *, batches_per_epoch: int) -> Plan:
-    """Optimiser steps of the run: the last group of an epoch may be short, no step spans two epochs."""
-    steps_per_epoch = math.ceil(batches_per_epoch / config.train.accumulation)
-    total = config.train.max_steps
-    if total is None:
-        total = math.ceil(config.train.epochs * steps_per_epoch - 1e-9)  # 1.1 x 50 is a little more than 55
-    return Plan(steps_per_epoch=steps_per_epoch, total_steps=max(total, 1))
-
-
 class StepSource:
     """What each optimiser step trains on, and at which rate: a function of configuration, data and step alone."""
 
-    def __init__(self, config: RunConfig, data: TrainingData) -> None:
+    def __init__(self, config: RunConfig, data: TrainingData, *, schedule_steps: int | None = None) -> None:
+        """`schedule_steps`: as of `core.schedule.Plan`."""
         self._config = config
         self._data = data
-        self.plan = plan_steps(config, batches_per_epoch=data.batches_per_epoch)
+        self.plan = plan_steps(config, batches_per_epoch=data.batches_per_epoch, schedule_steps=schedule_steps)
         self._batches: Sequence[Batch] = ()
         self._batches_epoch = -1
 
@@ -105,7 +85,7 @@ class StepSource:
             step,
             peak=self._config.optim.lr,
             schedule=self._config.schedule,
-            total_steps=self.plan.total_steps,
+            total_steps=self.plan.schedule_steps or self.plan.total_steps,
         )
 
     def microbatches(self, step: int) -> list[Batch]:
@@ -190,11 +170,13 @@ class Trainer:
         identity: Mapping[str, str] | None = None,
         origin: Mapping[str, Any] | None = None,
         seconds_before: float = 0.0,
+        schedule_steps: int | None = None,
     ) -> None:
         """Kept in every checkpoint are `identity`, what the run is bound to, and `origin`, what else it came from.
 
         Args:
             seconds_before: that this process worked for the run before the loop.
+            schedule_steps: as of `core.schedule.Plan`; kept in every checkpoint too.
         """
         self._config = config
         self.learner = learner
@@ -208,7 +190,7 @@ class Trainer:
         self._should_interrupt = should_interrupt
         self._identity = dict(identity or {})
         self._origin = dict(origin or {})
-        self._source = StepSource(config, data)
+        self._source = StepSource(config, data, schedule_steps=schedule_steps)
         self.plan = self._source.plan
         self.stopping = EarlyStopping(config.guard.patience, config.guard.min_delta)
         self.progress = Progress()
@@ -463,6 +445,7 @@ class Trainer:
             "early_stopping": self.stopping.state_dict(),
             "journal_bytes": self._journal.num_bytes,
             "total_steps": self.plan.total_steps,
+            SCHEDULE_STEPS: self.plan.schedule_steps,
             "identity": self._identity,
             **self._origin,
         }

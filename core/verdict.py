@@ -31,7 +31,8 @@ def summarize(
 
     Losses and gap are those of the best adapter, the one in `adapters/`, in nats per target token; memory in GB (10^9
     bytes); `num_target_tokens` counts every target that was trained on, once per pass; `routing` has a mixture's
-    `core.routing.SCALARS` at the best step. `not_judged` says why there is no gap; null where there can be one.
+    `core.routing.SCALARS` at the best step. `not_judged` says why there is no gap; null where there can be one. The
+    caller adds `base_gap`, the gap before the first step.
     """
     progress, gap = trainer.progress, trainer.progress.best_gap
     best_step = trainer.best_step or None
@@ -90,7 +91,7 @@ def verdict_lines(
         lines.append(f"  experts           the router collapsed: {collapsed}")
     lines += [
         f"  validation loss   {summary['base_val_loss']:.3f} → {gap.val_loss:.3f}   ({_best(summary)})",
-        f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}",
+        f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}{_before(summary)}",
         *_doubt(summary, gap, guard),
         f"  {_size(summary)}",
         "",
@@ -122,16 +123,32 @@ def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:
             f"No better than the {summary['start']}: validation loss {summary['base_val_loss']:.3f} → "
             f"{gap.val_loss:.3f}. Don't use this adapter; try a lower rate or other data."
         )
+    base_gap = summary.get("base_gap")
+    if base_gap is not None and gap.value >= guard.grades[1] and gap.value - base_gap < guard.grades[0]:
+        return (
+            f"The held-out rows are harder: their loss was {base_gap:.2f} above the training rows' before training, "
+            f"and is {gap.value:.2f} above now. Training did not overfit."
+        )
     return advice(gap, guard)
+
+
+def _before(summary: Mapping[str, Any]) -> str:
+    base_gap = summary.get("base_gap")
+    return "" if base_gap is None else f"   ({base_gap:.3f} before training)"
 
 
 def _doubt(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> list[str]:
     """Says so when the interval reaches into other grades: then the rows are too few to tell."""
     worst = grade_of(gap.high, guard.grades)
-    if worst == gap.grade:
+    # of a good grade only doubt that it is worse matters; of a bad one also hope that it is not
+    best = gap.grade if gap.value < guard.grades[1] else grade_of(gap.low, guard.grades)
+    if best == worst:
         return []
+    reaches = (
+        f"from {best} to {worst}" if gap.grade not in (best, worst) else f"into {worst if best == gap.grade else best}"
+    )
     return [
-        f"                    the interval reaches into {worst}: {summary['num_val_rows']} validation rows "
+        f"                    the interval reaches {reaches}: {summary['num_val_rows']} validation rows "
         "can't tell these grades apart"
     ]
 

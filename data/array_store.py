@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from core.errors import UserError
 
 Array = npt.NDArray[Any]
 SPILL_BYTES = 64 * 2**20
@@ -45,9 +48,10 @@ class ArrayStore:
         return {name: read_array(self._folder / file_name(name), like) for name, like in kinds.items()}
 
     def _spill(self, folder: Path) -> None:
-        """Writes what is in memory. A disk that is full, or gone, leaves everything in memory."""
+        """Writes what is in memory. A disk that is full leaves everything in memory, and no files."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not self._num_written:  # one that somebody removed must not come back without its rows
+                folder.mkdir(parents=True, exist_ok=True)
             for name, pieces in self._pieces.items():
                 with open(folder / file_name(name), "ab") as file:
                     for piece in pieces:
@@ -59,11 +63,21 @@ class ArrayStore:
             self._take_back(folder)
 
     def _take_back(self, folder: Path) -> None:
+        """Raises: UserError: what was written can't be read."""
         for name, num_rows in self._num_written.items():
             like = self._pieces[name][0]
             width = int(np.prod(like.shape[1:]))
-            flat = np.fromfile(folder / file_name(name), like.dtype, count=num_rows * width)
-            self._pieces[name].insert(0, flat.reshape(num_rows, *like.shape[1:]))
+            try:
+                flat = np.fromfile(folder / file_name(name), like.dtype, count=num_rows * width)
+                self._pieces[name].insert(0, flat.reshape(num_rows, *like.shape[1:]))
+            except (OSError, ValueError):
+                raise UserError(
+                    f"{folder}: rows that were put here can't be read again",
+                    hint="was the folder removed? start again, or set TWINKEEL_CACHE to another disk",
+                ) from None
+        for name in self._pieces:  # who keeps the arrays writes them anew
+            with suppress(OSError):
+                (folder / file_name(name)).unlink(missing_ok=True)
         self._folder = None
 
 
@@ -72,8 +86,8 @@ def file_name(name: str) -> str:
 
 
 def write_array(path: Path, array: Array) -> None:
-    """Writes an array's values, unless the file is what the array is a map of."""
-    if not path.exists():
+    """Writes an array's values, unless the file, which then is of the same size, is what the array is a map of."""
+    if not path.exists() or path.stat().st_size != array.nbytes:
         with open(path, "wb") as file:
             array.tofile(file)
 

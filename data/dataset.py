@@ -21,6 +21,7 @@ from core.protocols import IntArray
 from data.array_store import Array
 from data.formats import survey
 from data.keys import HashArray, RowKeys, positions
+from data.lines import Line
 from data.pipeline import ChunkSettings, convert_source, findings
 from data.sources import SKIP_HINT, BadRows, Row, Source, count, open_source
 from data.split import cut_rows, overlap
@@ -43,18 +44,21 @@ class Prepared:
     validation: TokenRows
     test: TokenRows
     """Empty unless the data brings a test split or `data.test` asks for one."""
-    keys: Mapping[str, RowKeys]
-    """By split, in the rows' order."""
     inspections: Mapping[str, Inspection]
     """Of the rows as they were read, before the split: by the split that the data brings them as."""
     is_given: frozenset[str]
     """The splits that the data brings itself."""
-    findings: tuple[str, ...]
-    """For people, a line each: what was left out, cut off or written in another way."""
+    lines: tuple[Line, ...]
+    """What was left out, cut off or written in another way."""
     fingerprint: str
     """SHA-256, in hex, of the token rows, their targets, their order and their split."""
     name: str
     """For the screen: `expert.jsonl`."""
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The texts of `lines`, for people."""
+        return tuple(line.text for line in self.lines)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,13 @@ class TokenizedData:
     inspections: Mapping[str, Inspection]
     files: Mapping[str, str]
     """Split -> name of the file that its rows were read from."""
-    findings: tuple[str, ...]
+    lines: tuple[Line, ...]
     name: str
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """The texts of `lines`, for people."""
+        return tuple(line.text for line in self.lines)
 
     def split(self, name: str) -> TokenizedSplit:
         """One of `inspections`."""
@@ -117,14 +126,12 @@ def tokenize_data(config: DataConfig, tokenizer: Tokenizer, *, folder: Path | No
     source = open_source(config.path)
     counted = _Counted(source, bad)
     parser = survey(counted, name=source.name, fields=config.fields, group=config.group, stratify=config.stratify)
-    settings = ChunkSettings(
-        parser, config.max_tokens, config.train_on, config.skip_bad, config.near_duplicates is not None
-    )
+    settings = ChunkSettings(parser, config.max_tokens, config.train_on, config.skip_bad)
     done = convert_source(source, settings, tokenizer, num_rows=counted.num_rows, bad=bad, folder=folder)
     found = findings(done.told, Renderer(tokenizer), max_tokens=config.max_tokens)
     for split in source.splits:
         if not len(done.arrays[f"{split}-lengths"]):
-            raise UserError(f"{config.path}: no usable {split} row: {found[0]}", hint=_hint(bad))
+            raise UserError(f"{config.path}: no usable {split} row: {found[0].text}", hint=_hint(bad))
     files = {split: PurePath(file).name for split, file in done.files.items()}
     return TokenizedData(done.arrays, done.inspections, files, tuple(found), source.name)
 
@@ -162,14 +169,18 @@ def split_data(data: TokenizedData, config: DataConfig, *, seed: int) -> Prepare
             f"data.folds {config.folds}: {config.path} brings validation rows of its own",
             hint="give data.path the training file alone",
         )
-    found, near = list(data.findings), config.near_duplicates
+    found, near = list(data.lines), config.near_duplicates
     parts = {name: _Part.of(data.split(name), seed) for name in data.inspections}
     train = parts.pop("train")
     if "validation" in parts and "test" in parts:
         parts["validation"] = _without_copies("validation", parts["validation"], [parts["test"]], near, found)
     train = _without_copies("training", train, list(parts.values()), near, found)
     if extra := len(train.rows) - len(np.unique(train.keys.equal)):
-        found.append(f"{count(extra, 'training row')} the same as another; copies stay on one side of the split")
+        text = f"{count(extra, 'training row')} the same as another; copies stay on one side of the split"
+        found.append(Line("exact-copies", text, extra))
+    if config.stratify is not None and "validation" in parts and ("test" in parts or not config.test):
+        text = "data.stratify has no effect on the split: the data brings validation rows of its own"
+        found.append(Line("stratify-unused", text))
     cut = cut_rows(
         train.keys,
         validation=0.0 if "validation" in parts else config.validation,
@@ -179,39 +190,52 @@ def split_data(data: TokenizedData, config: DataConfig, *, seed: int) -> Prepare
         folds=config.folds,
         fold=config.fold,
     )
-    sides = {side: parts.get(side) or train.select(getattr(cut, side)) for side in SPLITS}
+    # without keys, whose signatures are half a kilobyte a row once they are copied from their file
+    sides = {side: parts[side].side() if side in parts else train.side(getattr(cut, side)) for side in SPLITS}
     return Prepared(
         train=sides["train"].rows,
         validation=sides["validation"].rows,
         test=sides["test"].rows,
-        keys={side: part.keys for side, part in sides.items()},
         inspections=data.inspections,
         is_given=frozenset(data.inspections),
-        findings=tuple(found),
+        lines=tuple(found),
         fingerprint=_fingerprint(sides, config),
         name=data.name,
     )
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some rows with what is known of them."""
+class _Side:
+    """The rows of a split."""
 
     rows: TokenRows
-    keys: RowKeys
     digest: HashArray
+
+    def side(self, indices: Sequence[int] | IntArray | None = None) -> _Side:
+        """All of the rows, or some."""
+        if indices is None:
+            return _Side(self.rows, self.digest)
+        chosen = np.asarray(indices, np.int64)
+        return _Side(self.rows.select(chosen).renumbered(), self.digest[chosen])
+
+
+@dataclass(frozen=True)
+class _Part(_Side):
+    """Some rows with what is known of them."""
+
+    keys: RowKeys
 
     @classmethod
     def of(cls, split: TokenizedSplit, seed: int) -> _Part:
-        return cls(split.rows, split.keys(seed=seed), split.digest)
+        return cls(split.rows, split.digest, split.keys(seed=seed))
 
-    def select(self, indices: Sequence[int] | IntArray) -> _Part:
-        chosen = np.asarray(indices, np.int64)
-        return _Part(self.rows.select(chosen).renumbered(), self.keys.select(chosen), self.digest[chosen])
+    def select(self, indices: IntArray) -> _Part:
+        some = self.side(indices)
+        return _Part(some.rows, some.digest, self.keys.select(indices))
 
 
 def _without_copies(
-    side: str, part: _Part, held_out: Sequence[_Part], near_duplicates: float | None, found: list[str]
+    side: str, part: _Part, held_out: Sequence[_Part], near_duplicates: float | None, found: list[Line]
 ) -> _Part:
     """The rows that are not held out as well, nor nearly: files that overlap would make the gap look small."""
     is_copy = np.zeros(len(part.rows), np.bool_)
@@ -221,17 +245,20 @@ def _without_copies(
         if part.keys.group is not None and other.keys.group is not None:
             is_grouped |= np.isin(part.keys.group, other.keys.group)
     if num_grouped := int(np.count_nonzero(is_grouped & ~is_copy)):
-        found.append(f"{count(num_grouped, f'{side} row')} in a group (data.group) that another file holds out in part")
+        text = f"{count(num_grouped, f'{side} row')} in a group (data.group) that another file holds out in part"
+        found.append(Line("groups-across", text, num_grouped))
     if is_copy.all():
         raise UserError(f"every {side} row is also in another file of the data", hint="give the files different rows")
     if not (num := int(np.count_nonzero(is_copy))):
         return part
     like = "the same rows" if near_duplicates is None else "the same rows, or near copies,"
-    found.append(f"{count(num, f'{side} row')} left out: {like} are held out in another file")
+    kind = "copies-across" if near_duplicates is None else "near-copies-across"
+    text = f"{count(num, f'{side} row')} left out: {like} are held out in another file"
+    found.append(Line(kind if side == "training" else "held-out-twice", text, num))
     return part.select(np.flatnonzero(~is_copy))
 
 
-def _fingerprint(sides: Mapping[str, _Part], config: DataConfig) -> str:
+def _fingerprint(sides: Mapping[str, _Side], config: DataConfig) -> str:
     digest = hashlib.sha256(json.dumps([_FORMAT, config.max_tokens, config.train_on]).encode())
     for side, part in sides.items():
         digest.update(json.dumps([side, len(part.rows)]).encode())

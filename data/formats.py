@@ -303,27 +303,6 @@ class RowParser:
         return replace(example, group=group, stratum=stratum, label=example.label or stratum)
 
 
-def parse_rows(
-    splits: Mapping[str, Sequence[Row]],
-    *,
-    name: str,
-    fields: Mapping[str, str],
-    bad: BadRows,
-    group: str | None = None,
-    stratify: str | None = None,
-) -> tuple[dict[str, list[Example]], list[str]]:
-    """Examples by split, and findings. All rows must be of one format, which is detected over all of them.
-
-    Raises:
-        UserError: as `survey` and `RowParser.parse`.
-    """
-    everything = (row for rows in splits.values() for row in rows)
-    parser = survey(everything, name=name, fields=fields, group=group, stratify=stratify)
-    parsed = {split: parser.parse(rows, bad) for split, rows in splits.items()}
-    num_trimmed = sum(trimmed for _, trimmed in parsed.values())
-    return {split: examples for split, (examples, _) in parsed.items()}, trimmed_findings(num_trimmed)
-
-
 def trimmed_findings(num_trimmed: int) -> list[str]:
     """What is said of conversations that ended with a question."""
     return [f"{count(num_trimmed, 'conversation')} ended with a question, which was left out"] if num_trimmed else []

@@ -38,7 +38,7 @@ class RowKeys:
     stratum: HashArray | None = None
     """uint64 [N]: hash of `Example.stratum`, where `data.stratify` is set; rows without a value are one stratum."""
     signature: SignatureArray | None = None
-    """uint32 [N, 128]: MinHash of the text; None where `data.near_duplicates` is null."""
+    """uint32 [N, 128]: MinHash of the text; None where nobody asks for it any more."""
 
     def __len__(self) -> int:
         return len(self.position)
@@ -81,6 +81,8 @@ def prompt_and_answer(example: Example) -> tuple[int, int]:
     """`RowKeys.prompt` and `RowKeys.answer` of an example."""
     if example.text is not None:
         return 0, hash_text(example.text)
+    if example.own_text is not None and example.label is not None:
+        # the last paragraph of our template says whether an explanation is asked for, which not every row has
+        return hash_text(example.messages[0].content.rpartition("\n\n")[0]), hash_text(example.label)
     prompt = json.dumps([[turn.role, turn.content] for turn in example.messages[:-1]])
-    is_labelled = example.own_text is not None and example.label is not None
-    return hash_text(prompt), hash_text(str(example.label) if is_labelled else example.messages[-1].content)
+    return hash_text(prompt), hash_text(example.messages[-1].content)

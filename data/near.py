@@ -7,7 +7,9 @@ the share of minima on which two signatures agree estimates the similarity, with
 Massive Datasets, section 3.4), so a million rows need no comparison of all pairs.
 
 What a large part of the rows say alike, the instruction that every prompt begins with, makes no copies. It is left out
-when signatures are compared, not when they are made, so that a signature depends on nothing but its own text.
+when signatures are compared, not when they are made, so that a signature depends on nothing but its own text. Hundreds
+of near copies of a few rows say much alike too. What tells them from an instruction: its rows add to it and keep it
+whole, copies also lack some of what the others have, each something else.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,10 +47,15 @@ _MIN_AGREEING = 5
 _WINDOW, _WINDOW_OF_LARGE, _LARGE_GROUP = 8, 2, 64
 """How many following rows of a band's group a row is compared with: all pairs of thousands would take hours."""
 _MIN_RECALL = 0.999
+_SAMPLED, _MIN_SHARED = 1024, 16
+"""A cluster is judged by so many of its rows, and by no fewer minima that most of them share."""
+_KEPT_SHARE = 0.25
+"""A template's piece may be lacking in so many rows, as a share of those that would lack it if they were copies."""
 _SEPARATORS = re.compile(r"[^\w+\-*/<>=%]+")
 """What becomes a space: white space and punctuation, but not the signs that tell 3 + 4 from 3 * 4."""
 
 BoolArray = npt.NDArray[np.bool_]
+BitArray = npt.NDArray[np.uint8]
 
 
 # Texts and signatures
@@ -129,8 +137,8 @@ def _piece_hashes(codes: HashArray) -> HashArray:
 def clusters(signature: SignatureArray, *, threshold: float) -> IntArray:
     """Rows that are near copies, or are joined by others that are.
 
-    What more than a tenth of the rows (and more than 5) have alike does not count; rows that are the same count once.
-    So a tenth or more of a data set made of copies of one row that each differ somewhere is taken for a template.
+    What more than a tenth of the rows (and more than 5) have alike does not count, unless these rows are copies of one
+    another and not of one template. Rows that are the same count once.
 
     Args:
         signature: uint32 [N, 128], in memory or mapped; it is read, not copied.
@@ -141,21 +149,24 @@ def clusters(signature: SignatureArray, *, threshold: float) -> IntArray:
     """
     same = first_with_same(_hash_columns(signature, range(PERMUTATIONS)))
     distinct = np.flatnonzero(same == np.arange(len(same)))
-    compared = _Compared(signature, distinct, threshold)
-    members = np.arange(len(distinct))
-    width = _band_width(threshold)
-    bands = [range(start, start + width) for start in range(0, PERMUTATIONS, width)]
-    for band, following in zip(bands, bands[1:] + bands[:1], strict=True):
-        _join_band(compared, members, band, following)
+    limit = max(int(COMMON_SHARE * len(distinct)), COMMON_ROWS)
+    common = _common(signature, distinct, limit)
+    members = _joined(_Compared(signature, distinct, common, threshold))
+    if common is not None:
+        # half the limit: not all that have a piece need be alike enough to be one family
+        for family in _families(signature, distinct, threshold, least=max(limit // 2, COMMON_ROWS) + 1):
+            join(members, family[1:], family[:-1])
     return distinct[members][np.searchsorted(distinct, same)]
 
 
+@dataclass(frozen=True, slots=True)
 class _Compared:
-    """Distinct rows, and what is common among them."""
+    """Distinct rows, and what does not count when two of them are compared."""
 
-    def __init__(self, signature: SignatureArray, rows: IntArray, threshold: float) -> None:
-        self.signature, self.rows, self.threshold = signature, rows, threshold
-        self.common = _common(signature, rows)
+    signature: SignatureArray
+    rows: IntArray
+    common: BitArray | None
+    threshold: float
 
     def keys(self, band: range, some: IntArray) -> HashArray:
         return _hash_columns(self.signature, band, self.rows[some])
@@ -183,12 +194,21 @@ class _Compared:
         return found
 
 
-def _common(signature: SignatureArray, rows: IntArray) -> npt.NDArray[np.uint8] | None:
+def _joined(compared: _Compared) -> IntArray:
+    """int64 [N]: for each of the rows, the smallest index of its cluster."""
+    members = np.arange(len(compared.rows))
+    width = _band_width(compared.threshold)
+    bands = [range(start, start + width) for start in range(0, PERMUTATIONS, width)]
+    for band, following in zip(bands, bands[1:] + bands[:1], strict=True):
+        _join_band(compared, members, band, following)
+    return members
+
+
+def _common(signature: SignatureArray, rows: IntArray, limit: int) -> BitArray | None:
     """uint8 [N, 16]: bit j says that the row's minimum j is one that many rows have; None where no row has such.
 
     A minimum that many rows share is the hash of a piece that at least as many rows have.
     """
-    limit = max(int(COMMON_SHARE * len(rows)), COMMON_ROWS)
     common = np.zeros((len(rows), PERMUTATIONS // 8), np.uint8)
     for column in range(PERMUTATIONS):
         values = signature[rows, column]
@@ -198,6 +218,64 @@ def _common(signature: SignatureArray, rows: IntArray) -> npt.NDArray[np.uint8] 
         if len(often):
             common[:, column // 8] |= np.isin(values, often).astype(np.uint8) << np.uint8(7 - column % 8)
     return common if common.any() else None
+
+
+# Families of copies, and templates
+
+
+def _families(signature: SignatureArray, rows: IntArray, threshold: float, *, least: int) -> Iterator[IntArray]:
+    """Clusters of at least `least` of the rows that share no template, or are alike without it too: indices, rising.
+
+    Here everything counts at first. A cluster that shares a template is looked through again without that: copies of a
+    few rows may all begin with one instruction.
+    """
+    todo = [(np.arange(len(rows)), np.zeros((len(rows), PERMUTATIONS // 8), np.uint8))]
+    while todo:
+        some, left_out = todo.pop()
+        members = _joined(_Compared(signature, rows[some], left_out, threshold))
+        first, sizes = np.unique(members, return_counts=True)
+        for one in first[sizes >= least].tolist():
+            own, own_left_out = some[members == one], left_out[members == one]
+            template = _template(signature, rows[own], own_left_out)
+            if template is None:
+                continue
+            if not template:
+                yield own
+                continue
+            for column, value in template.items():
+                is_template = signature[rows[own], column] == value
+                own_left_out[:, column // 8] |= is_template.astype(np.uint8) << np.uint8(7 - column % 8)
+            todo.append((own, own_left_out))
+
+
+def _template(signature: SignatureArray, rows: IntArray, left_out: BitArray) -> dict[int, int] | None:
+    """The minima of what all rows of a cluster say and add something of their own to, by column.
+
+    Empty where the rows are copies of one another; None where what they share, besides what is left out, is too little
+    to tell. A row lacks the piece that gives most rows their minimum if its own is larger, and has a piece of its own
+    if that is smaller. Of copies about as many lack a piece as add one, and each lacks others: hardly a piece is in all
+    rows of many. A template's pieces are in all.
+    """
+    if len(rows) > _SAMPLED:
+        by_content = np.argsort(_hash_columns(signature, range(PERMUTATIONS), rows), kind="stable")[:_SAMPLED]
+        rows, left_out = rows[by_content], left_out[by_content]
+    values = signature[rows]
+    usual = np.sort(values, axis=0)[(len(rows) - 1) // 2]  # what more than half of the rows have is in the middle
+    has = values == usual
+    num_has, num_lost = np.count_nonzero(has, axis=0), np.count_nonzero(values > usual, axis=0)
+    counted = ~(has & np.unpackbits(left_out, axis=1).view(np.bool_)).any(axis=0)
+    shared = counted & (2 * num_has > len(rows))
+    if np.count_nonzero(shared) < _MIN_SHARED:
+        return None
+    lost_by_copies = float(np.mean(~has[:, counted])) / 2
+    kept = shared & (num_lost <= _KEPT_SHARE * lost_by_copies * (num_lost + num_has))
+    kept_by_copies = (1 - lost_by_copies) ** len(rows)
+    if np.count_nonzero(kept) <= (1 + kept_by_copies) / 2 * np.count_nonzero(shared):
+        return {}
+    return {column: int(usual[column]) for column in np.flatnonzero(kept).tolist()}
+
+
+# Bands
 
 
 def _band_width(threshold: float) -> int:

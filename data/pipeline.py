@@ -17,6 +17,7 @@ import numpy as np
 from data.array_store import Array, ArrayStore
 from data.formats import Example, RowParser
 from data.keys import hash_text, hash_tokens, prompt_and_answer
+from data.lines import Line
 from data.sources import BadRows, Row, Source, and_more, count
 from data.tokenize import RenderCounts, Renderer, Tokenized, Tokenizer, tokenize_examples
 
@@ -40,8 +41,6 @@ class ChunkSettings:
     max_tokens: int
     train_on: Literal["completions", "all"]
     skip_bad: bool
-    with_signatures: bool
-    """Whether near copies will be looked for."""
 
 
 @dataclass(slots=True)
@@ -59,10 +58,11 @@ class Places:
         self.num_rows += later.num_rows
         self.named = [*self.named, *later.named][:_NUM_NAMED]
 
-    def finding(self, why: str) -> list[str]:
+    def finding(self, kind: str, why: str) -> list[Line]:
         if not self.num_rows:
             return []
-        return [f"{count(self.num_rows, 'row')} left out, {why}: {and_more(self.named, self.num_rows)}"]
+        text = f"{count(self.num_rows, 'row')} left out, {why}: {and_more(self.named, self.num_rows)}"
+        return [Line(kind, text, self.num_rows)]
 
 
 @dataclass
@@ -111,7 +111,7 @@ COLUMNS: dict[str, Array] = {
 }
 """Array -> what it is of. `ids` and `targets` have a value for each token, `lengths` and what follows one for each row:
 `numbers` is the row's number in its file, `content` a hash of what it says, `digest` one of its tokens and targets, and
-the rest as in `RowKeys`. `group`, `stratum` and `signature` are there only if they are asked for."""
+the rest as in `RowKeys`. `group` and `stratum` are there only if they are asked for."""
 
 
 class ChunkWorker:
@@ -152,6 +152,7 @@ class ChunkWorker:
             "equal": _hashes(map(hash_tokens, rows.ids)),
             "prompt": _hashes(prompts),
             "answer": _hashes(answers),
+            "signature": _signatures(examples),
         }
         if self._settings.parser.group is not None:
             arrays["group"] = _hashes(
@@ -162,8 +163,6 @@ class ChunkWorker:
             arrays["stratum"] = _hashes(
                 0 if example.stratum is None else hash_text(example.stratum) for example in examples
             )
-        if self._settings.with_signatures:
-            arrays["signature"] = _signatures(examples)
         return arrays
 
 
@@ -228,14 +227,17 @@ def convert_source(
     return Converted(store.finish(), inspections, files, told)
 
 
-def findings(told: Told, renderer: Renderer, *, max_tokens: int) -> list[str]:
-    """For people, a line each."""
+def findings(told: Told, renderer: Renderer, *, max_tokens: int) -> list[Line]:
+    """What a person should know of the rows."""
     from data.formats import trimmed_findings
 
-    found = [*told.bad.findings(), *trimmed_findings(told.num_trimmed)]
-    if told.num_truncated:
-        found.append(f"{count(told.num_truncated, 'row')} cut off at data.max_tokens {max_tokens}")
-    found += told.without_targets.finding(f"no target within the first {max_tokens} tokens (data.max_tokens)")
-    found += told.unplaced.finding("the chat template changes an answer, which then can't be found in its text")
+    found = [Line("bad-rows", text, told.bad.num_rows) for text in told.bad.findings()]
+    found += [Line("last-question", text, told.num_trimmed) for text in trimmed_findings(told.num_trimmed)]
+    if num := told.num_truncated:
+        found.append(Line("truncated", f"{count(num, 'row')} cut off at data.max_tokens {max_tokens}", num))
+    none_left = f"no target within the first {max_tokens} tokens (data.max_tokens)"
+    found += told.without_targets.finding("no-targets", none_left)
+    changed = "the chat template changes an answer, which then can't be found in its text"
+    found += told.unplaced.finding("answer-not-found", changed)
     renderer.counts = told.rendered
     return found + renderer.findings()

@@ -11,6 +11,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -420,8 +421,12 @@ def _read_table(delimiter: str) -> Reader:
 def _records(lines: Iterable[str], delimiter: str, shown: str) -> Iterator[tuple[int, list[str]]]:
     """Line number of each record's first line, and its cells; blank lines left out."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is a long document
+    lines = iter(lines)
+    head = next(lines, "")
+    if delimiter == "," and "," not in head and ";" in head:
+        delimiter = ";"  # as Excel writes CSV where the comma is for decimals
     # strict: an unclosed quotation mark is an error, not a cell with the rest of the file in it
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
     first_line = 1
     try:
         for cells in reader:

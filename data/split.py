@@ -1,9 +1,16 @@
-"""Which rows train, which validate, which test: by content, so that copies stay together and added rows move no others.
+"""Which rows train, which validate, which test: by content, so copies stay together and added rows move few others.
 
 Rows that may not be parted are a unit: equal rows, rows of a group, near copies, and whatever these join. Each unit
 has a place between 0 and 1, a hash of what its rows say and of the seed. Validation takes the places below
-`data.validation`, test those from the top; so a row that is added finds its side without moving another, save its own
-copies.
+`data.validation`, test those from the top; so a row that is added finds its side by itself. It can move only
+
+- the rows of the units that it belongs to: with these it is one unit, which may have another place. Rows of a group
+  have the group's;
+- a unit of about half of the rows, which trains while it is more than half, and one that fills a side that would be
+  empty;
+- with strata, at most a few rows of its stratum;
+- rows of a template, where it makes the template's share of the data set go above a tenth or below: what no more than
+  a tenth of the rows say alike makes near copies of them, see `data.near`.
 """
 
 from __future__ import annotations

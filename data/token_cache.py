@@ -23,6 +23,7 @@ from typing import Any
 from core.config import DataConfig
 from data.array_store import Array, file_name, read_array, write_array
 from data.dataset import SPLITS, TokenizedData
+from data.lines import Line
 from data.pipeline import COLUMNS
 from data.sources import source_fingerprint
 
@@ -39,7 +40,7 @@ _SPLIT_ONLY = {"validation", "test", "folds", "fold", "near_duplicates", "strict
 """Settings that decide on which side a row is, and nothing else."""
 _UNFINISHED = ".making-"
 _ABANDONED_SECONDS = 3600
-_PACKAGES = ("transformers", "tokenizers", "jinja2", "rensa")
+_PACKAGES = ("transformers", "tokenizers", "jinja2", "rensa", "detect-secrets")
 _TEXTS = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 """Files of a model folder that a tokenizer may read; which of them it does is its own affair."""
 
@@ -61,8 +62,7 @@ def rows_key(config: DataConfig, *, tokenizer: Path) -> str | None:
         return None
     digest = hashlib.sha256()
     settings = config.model_dump(mode="json", exclude=_SPLIT_ONLY)
-    has_signatures = config.near_duplicates is not None
-    parts = [_FORMAT, content, settings, has_signatures, [_version(name) for name in _PACKAGES]]
+    parts = [_FORMAT, content, settings, [_version(name) for name in _PACKAGES]]
     digest.update(json.dumps(parts, sort_keys=True).encode())
     # the code itself instead of a number that somebody has to think of raising
     here = Path(__file__).parent
@@ -128,7 +128,7 @@ def _read(entry: Path) -> TokenizedData | None:
             # JSON's keys were sorted for nobody: the order of the splits is the order of the data
             {split: Inspection.from_json(inspections[split]) for split in SPLITS if split in inspections},
             meta["files"],
-            tuple(meta["findings"]),
+            tuple(Line(*line) for line in meta["lines"]),
             meta["name"],
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -163,7 +163,7 @@ def _write(folder: Path, data: TokenizedData) -> None:
     meta: dict[str, Any] = {
         "name": data.name,
         "files": dict(data.files),
-        "findings": list(data.findings),
+        "lines": list(data.lines),
         "inspections": {split: inspection.to_json() for split, inspection in data.inspections.items()},
         "sha256": {name: _sha256(folder / file_name(name)) for name in data.arrays},
     }

@@ -18,6 +18,7 @@ from core.errors import UserError
 from core.protocols import TokenArray
 from data.batches import BoolArray
 from data.formats import Example, Message
+from data.lines import Line
 from data.sources import count
 from data.token_rows import TokenRows
 
@@ -139,22 +140,23 @@ class Renderer:
             return self._with_template(example)
         return self._plain_pair(example) if example.is_pair else self._plain_chat(example)
 
-    def findings(self) -> list[str]:
-        found = []
-        if self.counts.plain_layout:
-            found.append(f"the tokenizer has no chat template: {self.counts.plain_layout}")
-        if self.counts.num_merged:
-            rows = count(self.counts.num_merged, "row")
-            found.append(f"the chat template takes no system message: in {rows} it went before the user's first")
-        if self.counts.num_searched:
-            found.append(
-                f"{count(self.counts.num_searched, 'row')}: the chat template's prompt is not the beginning of the "
-                "whole text; answers were found by their content"
+    def findings(self) -> list[Line]:
+        counts, found = self.counts, []
+        if counts.plain_layout:
+            found.append(Line("no-template", f"the tokenizer has no chat template: {counts.plain_layout}"))
+        if num := counts.num_merged:
+            text = f"the chat template takes no system message: in {count(num, 'row')} it went before the user's first"
+            found.append(Line("system-merged", text, num))
+        if num := counts.num_searched:
+            text = (
+                f"{count(num, 'row')}: the chat template's prompt is not the beginning of the whole text; answers were "
+                "found by their content"
             )
+            found.append(Line("template-prompt", text, num))
         if self._options:
-            found.append(f"the chat template writes today's date: it is always {_DATE} here")
+            found.append(Line("fixed-date", f"the chat template writes today's date: it is always {_DATE} here"))
         if self.tokenizer.eos_token_id is None:
-            found.append("the tokenizer has no end token: the model does not learn to stop")
+            found.append(Line("no-end", "the tokenizer has no end token: the model does not learn to stop"))
         return found
 
     def _plain_pair(self, example: Example) -> Rendered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +38,8 @@ FOUND = 1
 """Exit code of a strict check that found something."""
 _NUM_FIRST = 50
 """Rows of each page, beside those that findings name."""
+_MARGIN = 64
+"""Tokens behind those that the page shows: the last word, which is masked where it is cut off, is not among them."""
 _log = logging.getLogger("twinkeel")
 
 
@@ -151,17 +153,20 @@ def planned_parameters(config: RunConfig, architecture: Architecture) -> int:
     return total * (architecture.num_layers - first_layer(config.lora, architecture))
 
 
-def _shown(loaded: _Loaded, there: ReadRows, split: str, index: int) -> ShownRow:
+def _shown(loaded: _Loaded, there: ReadRows, split: str, index: int, *, num_tokens: int | None = None) -> ShownRow:
+    """A row as it can be shown; with `num_tokens`, its first tokens only."""
     rows = there.splits[split]
     ids, is_target, origin = rows.ids[index], rows.is_target[index], rows.origin[index]
+    cut, few = _cut(loaded, ids, there.lost_of(origin)), slice(num_tokens)
+    is_cut = bool(cut) or len(ids[few]) < len(ids)
     return ShownRow(
         split=split,
         number=index + 1,
         origin=origin,
         num_tokens=len(ids),
         num_targets=int(is_target.sum()),
-        pieces=pieces(loaded.tokenizer, ids[:MAX_PIECES], is_target[:MAX_PIECES]),
-        cut=_cut(loaded, ids, there.lost_of(origin)),
+        pieces=pieces(loaded.tokenizer, ids[few], is_target[few], is_cut=is_cut),
+        cut=cut,
     )
 
 
@@ -179,7 +184,7 @@ def _write_page(path: Path, report: Report, there: ReadRows, loaded: _Loaded) ->
     places |= {("train", number) for number in range(1, min(_NUM_FIRST, len(there.splits["train"])) + 1)}
     order = list(there.splits)
     shown = [
-        _shown(loaded, there, split, number - 1)
+        _shown(loaded, there, split, number - 1, num_tokens=MAX_PIECES + _MARGIN)
         for split, number in sorted(places, key=lambda place: (order.index(place[0]), place[1]))
     ]
     total = sum(len(rows) for rows in there.splits.values())
@@ -199,23 +204,4 @@ def _next(settings: Settings, report: Report, there: ReadRows) -> str:
         named = (name for finding in found for row in finding.rows for name in row.names)
         split, number = next((place for place in map(there.place_of, named) if place), ("train", 1))
         words = ["data", "show", str(number), *(("--split", split) if split != "train" else ())]
-    return shlex.join(["python", "cli.py", *words, *_typed(settings)])
-
-
-def _typed(settings: Settings) -> Iterator[str]:
-    """The settings that are not defaults, as words of a command line."""
-    given = dict.fromkeys(settings.sources.values())
-    for source in given:
-        if source.startswith("preset "):
-            yield from ("--preset", source.removeprefix("preset "))
-        elif not source.startswith("--"):
-            yield from ("--config", source)
-    for name, source in settings.sources.items():
-        value: Any = settings.config
-        for part in name.split("."):
-            value = getattr(value, part)
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        if source == "--set":
-            yield from ("--set", f"{name}={text}")
-        elif source.startswith("--") and name != "data.strict":
-            yield from (source, text)
+    return shlex.join(["python", "cli.py", *words, *settings.typed_words(without=("--strict",))])

@@ -79,7 +79,8 @@ def _histogram(facts: Facts) -> Iterator[Text]:
 def _labels(facts: Facts) -> str:
     shown = list(facts.labels.items())[:_NUM_LABELS]
     more = len(facts.labels) - len(shown)
-    return " · ".join(f"{label} {rows:,}" for label, rows in shown) + (f" · and {more} more" if more else "")
+    listed = " · ".join(f"{_printable(label)} {rows:,}" for label, rows in shown)
+    return listed + (f" · and {more} more" if more else "")
 
 
 def _summary(report: Report) -> str:
@@ -99,7 +100,7 @@ def _print_finding(finding: Finding, console: Console) -> None:
 
 def _print_block(name: str, style: str, lines: Sequence[str], console: Console) -> None:
     for index, line in enumerate(lines):
-        whole = f"{name if index == 0 else '':<9}{line}"
+        whole = f"{name if index == 0 else '':<9}{_printable(line)}"
         if console.is_terminal:  # a file, or a program, gets whole lines
             whole = wrapped(whole, console.width)
         text = Text(whole)
@@ -158,6 +159,10 @@ def visible(text: str) -> str:
     """Line breaks and tabs marked, and what a terminal would take for commands in its picture form."""
     marked = text.replace("\n", "⏎\n").replace("\t", "⇥")
     return "".join(_picture(character) for character in marked) or "∅"
+
+
+def _printable(line: str) -> str:
+    return "".join(_picture(character) for character in line.replace("\n", "⏎"))
 
 
 def _picture(character: str) -> str:

@@ -1,23 +1,28 @@
 """`train --folds`: each fold a run of its own under one parent folder, the verdict over them, perhaps one run more.
 
-That last run trains on all rows, for the median of the folds' best steps. Nothing is held out there, so it has no gap,
-no grade and no early stop: the folds have judged it.
+That last run trains on all rows, for the median of the folds' best steps, at the learning rates that the folds had
+there: it stops in the middle of their schedule, as their best adapters did, and does not decay to its end by that step.
+What is alike is the step, so the number of updates and the rate of each. An epoch of all rows has more steps than one
+of the folds, so the run has seen each row a little less often. Nothing is held out there, so it has no gap, no grade
+and no early stop: the folds have judged it.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from core.checkpoint import FOLDER as CHECKPOINTS
 from core.config import DataConfig, RunConfig, to_plain
 from core.errors import UserError
 from core.files import read_json, to_json, write_atomic
@@ -25,14 +30,16 @@ from core.folds import (
     FINAL,
     FOLDS_SUMMARY,
     FoldsVerdict,
+    damaged,
     fold_name,
     judge,
     read_folds,
     read_plan,
 )
 from core.folds_plot import write_folds_plot
-from core.folds_screen import heading, show_error, show_interrupted, show_verdict
-from core.run import COMPLETE, CONFIG, FOLDS, LOCK, SUMMARY, RunLock, claim_run_folder, read_state
+from core.folds_screen import final_steps, heading, show_error, show_interrupted, show_verdict
+from core.run import COMPLETE, CONFIG, FOLDS, LOCK, STATE, SUMMARY, RunLock, claim_run_folder, read_state
+from core.screen import LOGGER
 from core.settings import Settings, load_config, resolve
 from core.workflow.train import resume, train
 
@@ -101,6 +108,26 @@ def _discard(folder: Path, *, with_folder: bool) -> None:
             folder.rmdir()
 
 
+@contextmanager
+def _warned_once() -> Iterator[None]:
+    """While the context lasts, the terminal gets each warning once: what is wrong with the rows is so in every fold."""
+    said: set[str] = set()
+
+    def passes(record: logging.LogRecord) -> bool:
+        # once a run's own log is open it gets all, whatever other runs have said
+        if record.levelno != logging.WARNING or any(isinstance(to, logging.FileHandler) for to in LOGGER.handlers):
+            return True
+        is_new = (text := record.getMessage()) not in said
+        said.add(text)
+        return is_new
+
+    LOGGER.addFilter(passes)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(passes)
+
+
 class _FoldRuns:
     """The runs of one parent folder, which the caller has locked."""
 
@@ -161,7 +188,8 @@ class _FoldRuns:
 
     def are_complete(self, *, final: bool) -> bool:
         wanted = [*self._names, *([FINAL] if final or self._plan["final"] else [])]
-        return all(map(self._is_complete, wanted)) and (self._folder / FOLDS_SUMMARY).is_file()
+        is_judged = self._plan.get("status") == "finished" and (self._folder / FOLDS_SUMMARY).is_file()
+        return is_judged and all(map(self._is_complete, wanted))
 
     # --- the runs -----------------------------------------------------------------------------------------------------
 
@@ -169,16 +197,8 @@ class _FoldRuns:
         """What is not finished yet, in turn, to the verdict; returns the exit code."""
         self._update(status="running", final=final or self._plan["final"])
         try:
-            for number, name in enumerate(self._names, start=1):
-                if not self._is_complete(name):
-                    title = f"fold {number} of {len(self._names)}"
-                    if code := self._run_one(name, title, partial(self._settings_of, number)):
-                        return self._stopped(code)
-            verdict = self._judge()
-            if verdict is not None and self._may_be_final() and not self._is_complete(FINAL):
-                steps = verdict.median_best_step
-                title = f"final run, on all rows, of {steps} step{'s' * (steps != 1)}: the folds' median best step"
-                if code := self._run_one(FINAL, title, partial(self._settings_of_final, steps)):
+            with _warned_once():
+                if code := self._run_all():
                     return self._stopped(code)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
@@ -186,17 +206,35 @@ class _FoldRuns:
             raise
         return self._finish()
 
-    def _run_one(self, name: str, title: str, settings: Callable[[], Settings]) -> int:
+    def _run_all(self) -> int:
+        """Returns the exit code of a run that was stopped, else 0."""
+        for number, name in enumerate(self._names, start=1):
+            if not self._is_complete(name):
+                title = f"fold {number} of {len(self._names)}"
+                if code := self._run_one(name, title, partial(self._settings_of, number)):
+                    return code
+        verdict = self._judge()
+        if verdict is None or not self._may_be_final(verdict) or self._is_complete(FINAL):
+            return 0
+        steps, schedule = verdict.median_best_step, verdict.schedule_steps
+        self._update(final_run={"steps": steps, "schedule_steps": schedule})
+        title = f"final run, on all rows, {final_steps(verdict)}"
+        return self._run_one(FINAL, title, partial(self._settings_of_final, steps), schedule_steps=schedule)
+
+    def _run_one(
+        self, name: str, title: str, settings: Callable[[], Settings], *, schedule_steps: int | None = None
+    ) -> int:
         """Returns the exit code of a run that was stopped; 0 when it ended, a recorded failure included."""
         folder = self._folder / name
         self._console.print(heading(title, folder))
         errors = {other: error for other, error in self._plan["errors"].items() if other != name}
         self._update(current=name, errors=errors)
         try:
-            if (folder / CONFIG).is_file():
+            has_begun = (folder / STATE).is_file() or any(folder.glob(f"{CHECKPOINTS}/*"))
+            if has_begun and (folder / CONFIG).is_file():
                 return resume(folder, flags=self._flags, assignments=self._assignments, console=self._console)
             shutil.rmtree(folder, ignore_errors=True)  # a process that was killed before it wrote anything of use
-            return train(settings(), console=self._console)
+            return train(settings(), console=self._console, schedule_steps=schedule_steps)
         except UserError as error:
             has_folder = (folder / CONFIG).is_file()
             # what stands against the first run, or against going on at all, stands against the others too
@@ -244,9 +282,9 @@ class _FoldRuns:
         show_interrupted(self._console, self._folder)
         return code
 
-    def _may_be_final(self) -> bool:
+    def _may_be_final(self, verdict: FoldsVerdict) -> bool:
         """Only after every fold: the median of some would be another one."""
-        return bool(self._plan["final"]) and all(map(self._is_complete, self._names))
+        return bool(self._plan["final"]) and len(verdict.done) == len(self._names)
 
     def _judge(self) -> FoldsVerdict | None:
         """Writes `folds_summary.json` of the folds that are done."""
@@ -270,9 +308,10 @@ class _FoldRuns:
         failed = [name for name in self._names if not self._is_complete(name)] + [
             name for name in self._plan["errors"] if name == FINAL
         ]
+        is_good = not failed and not damaged(read_folds(self._folder))
         if verdict is not None:
             write_folds_plot(self._folder, verdict)
-        self._update(status="failed" if failed else "finished", current=None)
+        self._update(status="finished" if is_good else "failed", current=None)
         show_verdict(
             self._console,
             self._folder,
@@ -281,4 +320,4 @@ class _FoldRuns:
             has_final=self._is_complete(FINAL),
             start=self._config.start,
         )
-        return FAILED if failed else 0
+        return 0 if is_good else FAILED

@@ -249,7 +249,7 @@ def load_rows(
     prepared = split_data(tokenised, source, seed=config.train.seed)
     data = RunData(prepared, config)
     if say_findings:
-        _check(prepared, data, config)
+        _check(tokenised, prepared, data, config)
     data.check_vocabulary(architecture.vocab_size)
     return data
 
@@ -265,10 +265,10 @@ def tokenise(data: DataConfig, model: ResolvedModel, *, runs_code: bool) -> Toke
     )
 
 
-def _check(prepared: Prepared, data: RunData, config: RunConfig) -> None:
+def _check(tokenised: TokenizedData, prepared: Prepared, data: RunData, config: RunConfig) -> None:
     """Says in short what `data check` says in full. Raises `UserError` if the run is strict and something was found."""
-    report = check_prepared(prepared, config, num_parameters=None)
-    for line in [*prepared.findings, *brief(report, prepared.findings), *data.warnings()]:
+    report = check_prepared(tokenised, prepared, config, num_parameters=None)
+    for line in [*prepared.findings, *brief(report, prepared.lines), *data.warnings()]:
         _log.warning(line)
     if config.data.strict and (found := stops(report)):
         raise UserError(

@@ -29,8 +29,8 @@ def prepare(args: argparse.Namespace, *, console: Console) -> int:
     if not source.exists():
         raise UserError(f"{source}: no such file or folder", hint="give a folder, or a file in it")
     output = Path(args.output) if args.output else Path("prepared") / _name_of(source)
-    check_output(output, force=args.force)
     kind = _kind_of(args)
+    check_output(output, force=args.force)
     with logging_to(console):
         record = Record(console)
         with record.progress(f"preparing {args.kind}"):
@@ -78,8 +78,10 @@ def summary(manifest: Manifest, output: Path) -> list[str]:
         f"  rows      {output / ROWS}",
         f"  manifest  {output / MANIFEST}",
     ]
-    group = "" if manifest.group is None else f" --set data.group={manifest.group}"
-    command = f"--data {shlex.quote(str(output / ROWS))}{group}"
+    split = "" if manifest.group is None else f" --set data.group={manifest.group}"
+    if manifest.kind == "nli":
+        split += " --set data.stratify=label"
+    command = f"--data {shlex.quote(str(output / ROWS))}{split}"
     return [*lines, f"  next      python cli.py data check {command}", f"            python cli.py train {command}"]
 
 

@@ -28,8 +28,11 @@ from core.workflow.prefix import with_prefixes
 _log = logging.getLogger("twinkeel")
 
 
-def train(settings: Settings, *, console: Console) -> int:
+def train(settings: Settings, *, console: Console, schedule_steps: int | None = None) -> int:
     """A new run, to its end. Returns the exit code.
+
+    Args:
+        schedule_steps: as of `core.schedule.Plan`; None: the run's own.
 
     Raises:
         UserError: something in the settings, the model, the data or the machine; the run folder is not written, or
@@ -44,7 +47,15 @@ def train(settings: Settings, *, console: Console) -> int:
             prepared = with_prefixes(job, learner, console=console)
             folder, lock = claim_run_folder(config.output, data_name=data_name)
             with lock:
-                return Session(job, prepared.learner, folder, console=console, prefix=prepared.report).begin()
+                session = Session(
+                    job,
+                    prepared.learner,
+                    folder,
+                    console=console,
+                    prefix=prepared.report,
+                    schedule_steps=schedule_steps,
+                )
+                return session.begin()
 
 
 def resume(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, overload
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from data.check.inspection import MAX_NAMED
 from data.check.report import Report, SplitFacts, make_facts, make_report
 from data.dataset import SPLITS, Prepared, TokenizedData, split_data
 from data.formats import survey
-from data.keys import RowKeys
+from data.lines import Line
 from data.sources import BadRows, open_source
 from data.token_rows import TokenRows
 
@@ -39,8 +38,8 @@ class ReadRows:
     """That it was read with."""
     splits: Mapping[str, TokenRows]
     """As a run would split it; as the data brings it, where that is not possible."""
-    said: Sequence[str]
-    """`Prepared.findings`."""
+    said: Sequence[Line]
+    """`Prepared.lines`."""
     problem: UserError | None = None
     """Why it can't be split."""
 
@@ -65,9 +64,7 @@ def read_rows(config: RunConfig, tokenise: Tokenise) -> ReadRows:
     Raises:
         UserError: no such data, or not a row that can be used.
     """
-    # near copies are looked for even if the split goes without
-    threshold = config.data.near_duplicates or DataConfig().near_duplicates
-    settings = config.data.model_copy(update={"near_duplicates": threshold})
+    settings = config.data
     try:
         data = tokenise(settings)  # as a run does, which then finds the rows again
     except UserError:
@@ -79,8 +76,8 @@ def read_rows(config: RunConfig, tokenise: Tokenise) -> ReadRows:
         prepared = split_data(data, config.data, seed=config.train.seed)
     except UserError as error:
         whole = {split: data.split(split).rows for split in data.inspections}
-        return ReadRows(data, settings, whole, data.findings, error)
-    return ReadRows(data, settings, _splits(prepared), prepared.findings)
+        return ReadRows(data, settings, whole, data.lines, error)
+    return ReadRows(data, settings, _splits(prepared), prepared.lines)
 
 
 def check_rows(rows: ReadRows, config: RunConfig, *, num_parameters: int | None) -> Report:
@@ -102,19 +99,22 @@ def check_rows(rows: ReadRows, config: RunConfig, *, num_parameters: int | None)
         facts,
         config,
         data.inspections,
-        _compare_tokenized(data, rows.settings, seed=config.train.seed),
+        _compare(data, config.data, threshold=_threshold(config.data), seed=config.train.seed),
         said=rows.said,
-        bad_rows=_bad_rows(rows.settings) if any("bad row" in line for line in data.findings) else (0, ()),
+        bad_rows=_bad_rows(rows.settings) if any(line.kind == "bad-rows" for line in data.lines) else (0, ()),
         others=[] if problem is None else [Finding("no-split", "problem", f"{problem.what}.", problem.hint or "")],
     )
 
 
-def check_prepared(prepared: Prepared, config: RunConfig, *, num_parameters: int | None) -> Report:
-    """The check of rows that a run is about to train on.
+def check_prepared(data: TokenizedData, prepared: Prepared, config: RunConfig, *, num_parameters: int | None) -> Report:
+    """The check of rows that a run is about to train on: the same problems and warnings as of `check_rows`.
 
-    Near copies are looked for only where the data brings its own validation or test rows: of what we split ourselves
-    they are on one side.
+    Args:
+        data: what `prepared` was split from.
     """
+    # near copies that the split keeps on one side are a note, and looking for them takes long
+    has_files = bool(prepared.is_given - {"train"})
+    threshold = _threshold(config.data) if has_files or config.data.near_duplicates is None else None
     splits = _splits(prepared)
     facts = make_facts(
         prepared.name,
@@ -124,8 +124,13 @@ def check_prepared(prepared: Prepared, config: RunConfig, *, num_parameters: int
         config,
         num_parameters=num_parameters,
     )
-    comparison = _compare_prepared(prepared, config)
-    return make_report(facts, config, prepared.inspections, comparison, said=prepared.findings)
+    comparison = _compare(data, config.data, threshold=threshold, seed=config.train.seed)
+    return make_report(facts, config, prepared.inspections, comparison, said=prepared.lines)
+
+
+def _threshold(config: DataConfig) -> float | None:
+    """Near copies are looked for even if the split goes without."""
+    return config.near_duplicates or DataConfig().near_duplicates
 
 
 def _splits(prepared: Prepared) -> dict[str, TokenRows]:
@@ -141,61 +146,14 @@ def _split_facts(splits: Mapping[str, TokenRows], brought: Iterable[str]) -> dic
     return {split: facts.get(split, SplitFacts(0, 0, 0, False)) for split in SPLITS}
 
 
-def _compare_tokenized(data: TokenizedData, config: DataConfig, *, seed: int) -> Comparison:
+def _compare(data: TokenizedData, config: DataConfig, *, threshold: float | None, seed: int) -> Comparison:
     parts = {split: data.split(split) for split in data.inspections}
     return compare(
         {split: part.keys(seed=seed) for split, part in parts.items()},
         {split: part.rows.origin for split, part in parts.items()},
-        threshold=config.near_duplicates,
+        threshold=threshold,
         validation=config.validation,
     )
-
-
-def _compare_prepared(prepared: Prepared, config: RunConfig) -> Comparison:
-    """Rows that we split ourselves are the training file's again."""
-    given = prepared.is_given - {"train"}
-    ours = [split for split in SPLITS if split not in given]
-    splits = _splits(prepared)
-    keys = {"train": joined([prepared.keys[split] for split in ours])}
-    origins: dict[str, Sequence[str]] = {"train": _Joined([splits[split].origin for split in ours])}
-    for split in sorted(given):
-        keys[split], origins[split] = prepared.keys[split], splits[split].origin
-    threshold = config.data.near_duplicates if given else None
-    return compare(keys, origins, threshold=threshold, validation=config.data.validation)
-
-
-def joined(keys: Sequence[RowKeys]) -> RowKeys:
-    """The keys of several splits, one after the other."""
-    columns: dict[str, Any] = {}
-    for field in fields(RowKeys):
-        parts = [getattr(some, field.name) for some in keys if len(some)]
-        columns[field.name] = None if not parts or any(part is None for part in parts) else np.concatenate(parts)
-    return RowKeys(**columns)
-
-
-class _Joined(Sequence[str]):
-    """Several sequences, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[str]]) -> None:
-        self._parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self._parts))
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
-        for part in self._parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
 
 
 class _NamedBadRows(BadRows):
@@ -203,15 +161,15 @@ class _NamedBadRows(BadRows):
 
     def __init__(self) -> None:
         super().__init__(skip=True)
-        self.first: list[str] = []
+        self.first: list[tuple[str, str]] = []
 
     def add(self, place: str, what: str) -> None:
         super().add(place, what)
         if len(self.first) < MAX_NAMED:
-            self.first.append(f"{place}: {what}")
+            self.first.append((place, what))
 
 
-def _bad_rows(config: DataConfig) -> tuple[int, Sequence[str]]:
+def _bad_rows(config: DataConfig) -> tuple[int, Sequence[tuple[str, str]]]:
     """How many rows can't be used, and the first of them: place and reason. Goes over the source again."""
     bad, source = _NamedBadRows(), open_source(config.path)
     parser = survey(

@@ -25,8 +25,8 @@ class Alike:
     """Rows that are alike, and some of them by name."""
 
     num_rows: int
-    named: tuple[str, ...]
-    """A line each, such as `train.jsonl:4 and train.jsonl:9`; at most `MAX_NAMED`."""
+    named: tuple[tuple[str, ...], ...]
+    """The rows that are alike, such as `train.jsonl:4` and `train.jsonl:9`; at most `MAX_NAMED`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,11 @@ def _repeated(values: npt.NDArray[np.generic], side: IntArray) -> BoolArray:
 
 def _named(chosen: BoolArray, values: npt.NDArray[np.generic], side: IntArray, names: Names) -> Alike:
     """Each with the first row that it is like."""
-    lines = []
+    pairs = []
     for index in np.flatnonzero(chosen)[:MAX_NAMED]:
         first = int(np.flatnonzero((values == values[index]) & (side == side[index]))[0])
-        lines.append(f"{names(int(index))} and {names(first)}")
-    return Alike(int(np.count_nonzero(chosen)), tuple(lines))
+        pairs.append((names(int(index)), names(first)))
+    return Alike(int(np.count_nonzero(chosen)), tuple(pairs))
 
 
 def _naive(
@@ -175,8 +175,8 @@ def _leak(
     for found, values in ((exact, equal), (near, cluster)):
         named = np.flatnonzero(found)[:MAX_NAMED]
         firsts = [int(np.flatnonzero(train & (values == values[index]))[0]) for index in named]
-        lines = tuple(f"{names(int(index))} and {names(first)}" for index, first in zip(named, firsts, strict=True))
-        alike.append(Alike(int(np.count_nonzero(found)), lines))
+        pairs = tuple((names(int(index)), names(first)) for index, first in zip(named, firsts, strict=True))
+        alike.append(Alike(int(np.count_nonzero(found)), pairs))
     return Leak(int(np.count_nonzero(held_out)), *alike)
 
 
@@ -190,10 +190,10 @@ def _disagreeing(keys: Sequence[RowKeys], names: Names) -> Alike:
     questions = questions[np.diff(questions, prepend=np.uint64(0)) != 0]
     rows = asked[np.isin(prompt[asked], questions)]
     named = list(dict.fromkeys(prompt[rows[:_CHUNK]].tolist()))[:MAX_NAMED]
-    lines: dict[int, dict[int, str]] = {question: {} for question in named}
+    answered: dict[int, dict[int, str]] = {question: {} for question in named}
     for index in rows[:_CHUNK][np.isin(prompt[rows[:_CHUNK]], np.array(named, np.uint64))]:
-        lines[int(prompt[index])].setdefault(int(answer[index]), names(int(index)))
-    return Alike(len(questions), tuple(" and ".join(list(some.values())[:4]) for some in lines.values()))
+        answered[int(prompt[index])].setdefault(int(answer[index]), names(int(index)))
+    return Alike(len(questions), tuple(tuple(some.values())[:4] for some in answered.values()))
 
 
 def _few_answers(keys: Sequence[RowKeys]) -> bool:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal, NamedTuple
 
-from data.check.duplicates import Comparison, Leak
-from data.check.inspection import MAX_NAMED, OTHER_LABELS, Inspection, NamedRow
+from data.check.duplicates import Alike, Comparison, Leak
+from data.check.inspection import MAX_LABELS, OTHER_LABELS, Inspection, NamedRow, merged
 from data.check.texts import GARBLED
+from data.lines import Line
 from data.sources import count
 
 Level = Literal["problem", "warning", "note"]
@@ -25,11 +25,8 @@ class FoundRow:
     origin: str
     """`train.jsonl:17`, or `train.jsonl:17 and train.jsonl:40` for rows that are alike."""
     detail: str = ""
-
-    @property
-    def names(self) -> list[str]:
-        """Each of the rows."""
-        return [name for name in self.origin.split(" and ") if re.search(r":\d+$", name)]
+    names: tuple[str, ...] = ()
+    """Each of the rows; none for one that can't be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +46,14 @@ class Finding:
     """The first or the worst of them."""
 
 
-def found_rows(rows: Sequence[NamedRow | str]) -> tuple[FoundRow, ...]:
-    """Of `NamedRow`s, or of lines that name rows."""
-    made = (FoundRow(row) if isinstance(row, str) else FoundRow(row.origin, row.detail) for row in rows)
-    return tuple(made)[:MAX_NAMED]
+def found_rows(rows: Iterable[NamedRow]) -> tuple[FoundRow, ...]:
+    """Single rows."""
+    return tuple(FoundRow(row.origin, row.detail, (row.origin,)) for row in rows)
+
+
+def alike_rows(found: Alike) -> tuple[FoundRow, ...]:
+    """Rows that are alike, by two or more."""
+    return tuple(FoundRow(" and ".join(names), names=names) for names in found.named)
 
 
 _LONG_TOKENS, _LONG_TIMES = 512, 8
@@ -97,19 +98,17 @@ _ROW_KINDS: Mapping[str, _Kind] = {
 }
 
 
-def of_bad_rows(num_rows: int, named: Sequence[str]) -> Iterator[Finding]:
-    """Args: named: place and reason of some of them: `train.jsonl, line 3: not JSON`."""
+def of_bad_rows(num_rows: int, named: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+    """Args: named: place and reason of some of them: `train.jsonl, line 3` and `not JSON`."""
     if num_rows:
-        rows = tuple(FoundRow(*line.split(": ", 1)) for line in named)
-        hint = "fix the lines; --set data.skip_bad=true leaves such rows out"
-        yield Finding("bad-rows", "problem", f"{count(num_rows, 'row')} can't be read.", hint, num_rows, rows)
+        rows = tuple(FoundRow(place, why) for place, why in named)
+        text = f"{count(num_rows, 'row')} can't be read."
+        yield Finding("bad-rows", "problem", text, _BAD_ROWS_HINT, num_rows, rows)
 
 
 def of_rows(inspections: Mapping[str, Inspection], max_tokens: int) -> Iterator[Finding]:
     """What is found in single rows."""
-    whole = Inspection()
-    for inspection in inspections.values():
-        whole.merge(inspection)
+    whole = merged(inspections)
     yield from _cut_rows(whole, max_tokens)
     for kind, (level, text, hint) in _ROW_KINDS.items():
         noted = whole.of_kind(kind)
@@ -120,8 +119,7 @@ def of_rows(inspections: Mapping[str, Inspection], max_tokens: int) -> Iterator[
 
 
 def _cut_rows(whole: Inspection, max_tokens: int) -> Iterator[Finding]:
-    longest = whole.lengths.quantile(1.0)
-    hint = f"set data.max_tokens={longest} to keep them whole, or shorten the rows"
+    hint = f"set data.max_tokens={whole.longest} to keep them whole, or shorten the rows"
     lost = whole.of_kind("answer-lost")
     if lost.num_rows:
         rows = count(lost.num_rows, "row")
@@ -163,13 +161,18 @@ def _of_outliers(kind: str, text: str, hint: str, num_rows: int, named: tuple[Fo
 
 
 def _beyond(rows: Sequence[NamedRow], limit: float) -> tuple[FoundRow, ...]:
-    return tuple(FoundRow(row.origin, count(abs(row.weight), "token")) for row in rows if row.weight > limit)
+    beyond = (row._replace(detail=count(abs(row.weight), "token")) for row in rows if row.weight > limit)
+    return found_rows(beyond)
 
 
 def of_labels(inspections: Mapping[str, Inspection]) -> Iterator[Finding]:
     """Labels that are rare, and those that only rows outside of training have."""
+    if OTHER_LABELS in merged(inspections).labels:
+        text = f"The column of data.stratify has more than {MAX_LABELS:,} different values: it is no label."
+        yield Finding("no-label", "note", text, "name a column with few values, or leave data.stratify out")
+        return
     train = inspections["train"].labels
-    if not train or OTHER_LABELS in train:
+    if not train:
         return
     num_rows, (most, num_most) = train.total(), train.most_common(1)[0]
     if len(train) == 1:
@@ -183,7 +186,7 @@ def of_labels(inspections: Mapping[str, Inspection]) -> Iterator[Finding]:
         text = f"Labels are uneven: {listed}, against {most} {num_most / num_rows:.1%}."
         yield Finding("uneven-labels", "warning", text, "add rows with the rare labels; judge each label by itself")
     for split, inspection in inspections.items():
-        unseen = [label for label in inspection.labels if label not in train and label != OTHER_LABELS]
+        unseen = [label for label in inspection.labels if label not in train]
         if unseen:
             text = f"Labels of {split} rows that no training row has: {', '.join(unseen[:5])}."
             yield Finding("unseen-labels", "warning", text, "add training rows with them")
@@ -197,9 +200,9 @@ def of_copies(found: Comparison, *, is_kept_together: bool) -> Iterator[Finding]
     """
     yield from _copies_within(found, is_kept_together)
     for split, leak in found.given.items():
-        yield from _leaking(split, leak)
+        yield from _leaking(split, leak, is_kept_together)
     if found.disagreeing.num_rows:
-        num, rows = found.disagreeing.num_rows, found_rows(found.disagreeing.named)
+        num, rows = found.disagreeing.num_rows, alike_rows(found.disagreeing)
         if found.answers_are_labels:
             text = f"{count(num, 'input')} with more than one label: they contradict each other."
             yield Finding("contradictory-labels", "warning", text, "keep the right one of each", num, rows)
@@ -213,7 +216,7 @@ def _copies_within(found: Comparison, is_kept_together: bool) -> Iterator[Findin
     if exact.num_rows:
         text = f"{count(exact.num_rows, 'row')} the same as an earlier one{_naively(found, 'exact')}."
         hint = "copies stay on one side of the split; take them out unless they are meant to weigh more"
-        yield Finding("exact-copies", "note", text, hint, exact.num_rows, found_rows(exact.named))
+        yield Finding("exact-copies", "note", text, hint, exact.num_rows, alike_rows(exact))
     if near.num_rows:
         text = (
             f"{count(near.num_rows, 'row')} nearly the same as an earlier one ({count(found.num_clusters, 'set')}, the "
@@ -223,7 +226,7 @@ def _copies_within(found: Comparison, is_kept_together: bool) -> Iterator[Findin
         level: Level = "note"
         if not is_kept_together and found.naive is not None and found.naive.share >= _MANY_COPIES:
             level, hint = "warning", "keep them on one side of the split with data.near_duplicates=0.7"
-        yield Finding("near-copies", level, text, hint, near.num_rows, found_rows(near.named))
+        yield Finding("near-copies", level, text, hint, near.num_rows, alike_rows(near))
 
 
 def _naively(found: Comparison, which: str) -> str:
@@ -238,60 +241,64 @@ def _naively(found: Comparison, which: str) -> str:
     )
 
 
-def _leaking(split: str, leak: Leak) -> Iterator[Finding]:
-    hint = "give the files different rows, or one file and data.validation"
+def _leaking(split: str, leak: Leak, is_kept_together: bool) -> Iterator[Finding]:
+    hint = _OVERLAP_HINT
     whole = f"of {count(leak.num_rows, f'{split} row')}"
     if num := leak.exact.num_rows:
         is_in = "is" if num == 1 else "are"
         text = f"{num:,} {whole} {is_in} in the training file as well; training leaves such rows out."
-        yield Finding("copies-across", "warning", text, hint, leak.exact.num_rows, found_rows(leak.exact.named))
+        yield Finding("copies-across", "warning", text, hint, num, alike_rows(leak.exact))
     if num := leak.near.num_rows:
         have = "has" if num == 1 else "have"
         level: Level = "warning" if leak.share >= _MANY_COPIES else "note"
-        effect = "the gap will look too good" if level == "warning" else "too few to move the gap much"
-        text = f"{num:,} {whole} ({leak.share:.0%}) {have} a near copy in the training file: {effect}."
-        yield Finding("near-copies-across", level, text, hint, leak.near.num_rows, found_rows(leak.near.named))
+        effect = ": the gap will look too good" if level == "warning" else ": too few to move the gap much"
+        if is_kept_together:
+            effect = "; training leaves such rows out"
+        text = f"{num:,} {whole} ({leak.share:.0%}) {have} a near copy in the training file{effect}."
+        yield Finding("near-copies-across", level, text, hint, num, alike_rows(leak.near))
 
 
-class _Line(NamedTuple):
-    """A line of `Prepared.findings`, as a finding."""
-
-    pattern: str
-    kind: str
+class _LineKind(NamedTuple):
     level: Level
     hint: str
 
 
-_LINES = (
-    _Line(
-        "chat template changes an answer",
-        "answer-not-found",
-        "problem",
-        "see these rows' answers for what the template strips or rewrites",
+_BAD_ROWS_HINT = "fix the lines; --set data.skip_bad=true leaves such rows out"
+_OVERLAP_HINT = "give the files different rows, or one file and data.validation"
+_LINE_KINDS: Mapping[str, _LineKind] = {
+    "bad-rows": _LineKind("problem", _BAD_ROWS_HINT),
+    "answer-not-found": _LineKind("problem", "see these rows' answers for what the template strips or rewrites"),
+    "template-prompt": _LineKind(
+        "warning", "look at a row with `python cli.py data show` that its targets are the answer"
     ),
-    _Line(
-        "prompt is not the beginning",
-        "template-prompt",
-        "warning",
-        "look at a row with `python cli.py data show` that its targets are the answer",
-    ),
-    _Line("no chat template", "no-template", "note", "use an instruct model if the rows are conversations"),
-    _Line("takes no system message", "system-merged", "note", ""),
-    _Line("ended with a question", "last-question", "note", "add the answers"),
-    _Line("today's date", "fixed-date", "note", ""),
-)
-# said by findings of their own, with more in them
-_COVERED = re.compile(
-    "bad rows? left out|cut off at data.max_tokens|no target within the first|the same as another"
-    "|held out in another file|has no end token"
-)
+    "copies-across": _LineKind("warning", _OVERLAP_HINT),
+    "near-copies-across": _LineKind("warning", _OVERLAP_HINT),
+    "held-out-twice": _LineKind("warning", "give the validation and the test file different rows"),
+    "groups-across": _LineKind("warning", "give the files different groups, or one file and data.validation"),
+    "stratify-unused": _LineKind("note", ""),
+    "no-template": _LineKind("note", "use an instruct model if the rows are conversations"),
+    "last-question": _LineKind("note", "add the answers"),
+}
+_TELLS: Mapping[str, frozenset[str]] = {
+    "bad-rows": frozenset({"bad-rows"}),
+    "truncated": frozenset({"truncated", "answer-lost"}),
+    "no-targets": frozenset({"no-targets", "answer-lost"}),
+    "no-end": frozenset({"no-end"}),
+    "exact-copies": frozenset({"exact-copies"}),
+    "copies-across": frozenset({"copies-across"}),
+    "near-copies-across": frozenset({"near-copies-across", "copies-across"}),
+}
+"""Kind of a line -> kinds of findings that say the same, with more in them."""
 
 
-def of_lines(lines: Sequence[str]) -> Iterator[Finding]:
-    """What reading and tokenising said, where no finding above says it."""
+def told_by(lines: Sequence[Line]) -> frozenset[str]:
+    """Kinds of findings of which lines have told already."""
+    return frozenset().union(*(_TELLS.get(line.kind, frozenset()) for line in lines))
+
+
+def of_lines(lines: Sequence[Line], found: Collection[str]) -> Iterator[Finding]:
+    """What reading, tokenising and splitting said, where no finding says it. `found`: the kinds that there are."""
     for line in lines:
-        if _COVERED.search(line):
-            continue
-        known = next((one for one in _LINES if one.pattern in line), _Line("", "other", "note", ""))
-        number = re.match(r"([\d,]+) ", line)
-        yield Finding(known.kind, known.level, line, known.hint, int(number[1].replace(",", "")) if number else 0)
+        if _TELLS.get(line.kind, frozenset()).isdisjoint(found):
+            level, hint = _LINE_KINDS.get(line.kind, _LineKind("note", ""))
+            yield Finding(line.kind, level, line.text, hint, line.num_rows)

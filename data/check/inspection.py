@@ -198,6 +198,11 @@ class Inspection:
     def of_kind(self, kind: str) -> Noted:
         return self.noted.get(kind) or Noted()
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, before the cut; 0 without rows. Exact, where `lengths` is not."""
+        return max((row.weight for row in self.of_kind("longest").rows), default=0)
+
     def merge(self, later: Inspection) -> None:
         """Adds what was seen of the rows that come after these."""
         self.num_rows += later.num_rows
@@ -239,3 +244,11 @@ class Inspection:
         for kind, (num_rows, rows) in content["noted"].items():
             made.noted[kind] = Noted(num_rows, [NamedRow(*row) for row in rows])
         return made
+
+
+def merged(inspections: Mapping[str, Inspection]) -> Inspection:
+    """What was seen of the rows of all splits."""
+    whole = Inspection()
+    for inspection in inspections.values():
+        whole.merge(inspection)
+    return whole

@@ -11,7 +11,7 @@ from data.check.pieces import Piece
 from data.check.report import Report
 
 MAX_PIECES = 1500
-"""Tokens of a row that are shown."""
+"""Pieces of a row that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def _finding(finding: Finding, links: dict[str, str]) -> str:
 
 
 def _link(row: FoundRow, links: dict[str, str]) -> str:
-    names = row.names or [row.origin]
+    names = row.names or (row.origin,)
     made = [f"<a href='#{links[name]}'>{escape(name)}</a>" if name in links else escape(name) for name in names]
     return " and ".join(made)
 
@@ -161,8 +161,9 @@ def _anchor(row: ShownRow) -> str:
 
 
 def _row(row: ShownRow) -> str:
-    tokens = "".join(_token(piece) for piece in row.pieces[:MAX_PIECES])
-    rest = len(row.pieces) - MAX_PIECES
+    shown = row.pieces[:MAX_PIECES]
+    tokens = "".join(map(_token, shown))
+    rest = row.num_tokens - sum(piece.num_tokens for piece in shown)
     more = f"<span class='dim'> … {rest:,} more tokens</span>" if rest > 0 else ""
     cut = f"<p class='cutoff'>✂ {escape(row.cut)}</p>" if row.cut else ""
     return (

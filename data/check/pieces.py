@@ -22,11 +22,14 @@ class Piece:
     num_tokens: int = 1
 
 
-def pieces(tokenizer: Any, ids: TokenArray, is_target: BoolArray) -> list[Piece]:
+def pieces(tokenizer: Any, ids: TokenArray, is_target: BoolArray, *, is_cut: bool = False) -> list[Piece]:
     """The tokens of a row, each with the text that it adds to what stands before it.
 
     Texts of single tokens can't be had by decoding them one by one: a character may be several tokens, and some
     tokenizers drop the space in front of a text. So each is what decoding it behind its neighbour adds.
+
+    Args:
+        is_cut: whether the row was cut off at its end, where half a secret may stand.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     numbers = [int(token) for token in ids]
@@ -40,7 +43,7 @@ def pieces(tokenizer: Any, ids: TokenArray, is_target: BoolArray) -> list[Piece]
             is_special = stop == start + 1 and numbers[start] in special
             found.append(Piece(text, bool(is_target[start]), is_special, stop - start))
             before, start = start, stop
-    return _without_secrets(found)
+    return _without_secrets(found, is_cut)
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -48,9 +51,9 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-def _without_secrets(found: list[Piece]) -> list[Piece]:
+def _without_secrets(found: list[Piece], is_cut: bool) -> list[Piece]:
     whole = "".join(piece.text for piece in found)
-    hidden = masked(whole)
+    hidden = masked(whole, is_cut=is_cut)
     if hidden == whole:
         return found
     made, at = [], 0

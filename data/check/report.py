@@ -10,7 +10,8 @@ from core.config import RunConfig
 from data.check import findings
 from data.check.duplicates import Comparison
 from data.check.findings import LEVELS, Finding, Level
-from data.check.inspection import Inspection
+from data.check.inspection import OTHER_LABELS, Inspection, merged
+from data.lines import Line
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Facts:
     share_lost: float
     """Share of the target tokens that the cut takes away, from 0 to 1."""
     labels: Mapping[str, int]
-    """Label -> rows, the most frequent first; empty where rows have no labels."""
+    """Label -> rows, the most frequent first; empty where rows have no labels, or more than `MAX_LABELS`."""
     num_parameters: int | None
     """Of the adapter; None where it is not known."""
 
@@ -69,15 +70,15 @@ def make_report(
     inspections: Mapping[str, Inspection],
     comparison: Comparison,
     *,
-    said: Sequence[str] = (),
-    bad_rows: tuple[int, Sequence[str]] = (0, ()),
+    said: Sequence[Line] = (),
+    bad_rows: tuple[int, Sequence[tuple[str, str]]] = (0, ()),
     others: Sequence[Finding] = (),
 ) -> Report:
     """Puts together what the parts of the check found.
 
     Args:
         inspections: by the split that the data brings.
-        said: `Prepared.findings`.
+        said: `Prepared.lines`.
         bad_rows: number of rows that could not be read, and some of them: place and reason.
         others: what was found elsewhere.
     """
@@ -87,8 +88,8 @@ def make_report(
         *findings.of_rows(inspections, config.data.max_tokens),
         *findings.of_labels(inspections),
         *findings.of_copies(comparison, is_kept_together=config.data.near_duplicates is not None),
-        *findings.of_lines(said),
     ]
+    found += findings.of_lines(said, {finding.kind for finding in found})
     order = sorted(found, key=lambda finding: LEVELS.index(finding.level))
     return Report(facts, tuple(order), tuple(expect(facts, config)))
 
@@ -103,22 +104,20 @@ def make_facts(
     num_parameters: int | None,
 ) -> Facts:
     """The facts of a report."""
-    whole = Inspection()
-    for inspection in inspections.values():
-        whole.merge(inspection)
+    whole = merged(inspections)
     num_cut = whole.of_kind("truncated").num_rows + whole.of_kind("answer-lost").num_rows
     num_targets = whole.num_targets + whole.num_lost_targets
-    shares = {"shortest": 0.0, "median": 0.5, "p95": 0.95, "longest": 1.0}
+    shares = {"shortest": 0.0, "median": 0.5, "p95": 0.95}
     return Facts(
         name=name,
         format=format_name,
         splits=splits,
         max_tokens=config.data.max_tokens,
-        quantiles={key: whole.lengths.quantile(share) for key, share in shares.items()},
+        quantiles={key: whole.lengths.quantile(share) for key, share in shares.items()} | {"longest": whole.longest},
         histogram=list(whole.lengths.bars(10)),
         share_cut=num_cut / whole.num_rows if whole.num_rows else 0.0,
         share_lost=whole.num_lost_targets / num_targets if num_targets else 0.0,
-        labels=dict(whole.labels.most_common()),
+        labels={} if OTHER_LABELS in whole.labels else dict(whole.labels.most_common()),
         num_parameters=num_parameters,
     )
 
@@ -179,8 +178,6 @@ def _memory(ratio: float, num_parameters: int, num_targets: int, config: RunConf
 # At the start of a run
 
 _NUM_BRIEF = 4
-_SAID_BY_PREPARED = frozenset({"truncated", "answer-lost", "bad-rows", "exact-copies", "copies-across"})
-"""Kinds that a line of `Prepared.findings` tells already."""
 
 
 def stops(report: Report) -> list[Finding]:
@@ -188,16 +185,10 @@ def stops(report: Report) -> list[Finding]:
     return [finding for finding in report.findings if finding.level != "note"]
 
 
-def brief(report: Report, said: Sequence[str] = ()) -> list[str]:
+def brief(report: Report, said: Sequence[Line] = ()) -> list[str]:
     """At most a handful of lines for the start of a run, the worst first: what is not `said` already."""
-    has_no_end = any("no end token" in line for line in said)
-    new = [
-        finding
-        for finding in stops(report)
-        if finding.text not in said
-        and finding.kind not in _SAID_BY_PREPARED
-        and not (has_no_end and finding.kind == "no-end")
-    ]
+    told, texts = findings.told_by(said), {line.text for line in said}
+    new = [finding for finding in stops(report) if finding.kind not in told and finding.text not in texts]
     lines = [_line(finding) for finding in new[:_NUM_BRIEF]]
     rest = len(new) - len(lines)
     if rest:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from data.prepare.code_forms import Form, UnfitError, file_parts, settings_of, w
 from data.prepare.code_items import Item, ItemReader
 from data.prepare.code_languages import LANGUAGES, Language, grammar_versions, language_by_name, language_of
 from data.prepare.common import FoundFile, Record, Sample, Seen, Source, walk_files
+from data.workers import in_order
 
 LEVELS = ("file", "item", "both")
 _ALIASES = {
@@ -71,9 +71,8 @@ class CodeKind:
     name = "code"
     group = "source"
 
-    def __init__(self, settings: CodeSettings, *, workers: int) -> None:
+    def __init__(self, settings: CodeSettings) -> None:
         self._settings = settings
-        self._workers = workers
 
     def settings(self) -> dict[str, Any]:
         settings = self._settings
@@ -93,11 +92,11 @@ class CodeKind:
         """Rows in the order of the files; in a file, its parts first and then its items.
 
         Raises:
-            UserError: there is no code in `source`.
+            UserError: there is no code in `source`, or a worker process ended.
         """
         seen = Seen()
         files = self._files(source, record)
-        for result in _read_all(files, self._settings, workers=self._workers):
+        for result in _read_all(files, self._settings):
             record.advance()
             for reason, where in result.left_out:
                 record.left_out.add(reason, where)
@@ -164,7 +163,7 @@ def make_kind(options: Mapping[str, Any]) -> CodeKind:
         max_chars=options["max_chars"],
         min_chars=options["min_chars"],
     )
-    return CodeKind(settings, workers=options.get("workers") or _num_cores())
+    return CodeKind(settings)
 
 
 def _languages(names: str | None) -> tuple[str, ...]:
@@ -184,46 +183,18 @@ def _languages(names: str | None) -> tuple[str, ...]:
 # --- files, in worker processes where there are many ------------------------------------------------------------------
 
 
-def _num_cores() -> int:
-    import os
+def _read_all(files: Iterator[FoundFile], settings: CodeSettings) -> Iterator[_FileRows]:
+    """The rows of each file, in the order of the files; only a few batches wait at a time.
 
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read_all(files: Iterator[FoundFile], settings: CodeSettings, *, workers: int) -> Iterator[_FileRows]:
-    """The rows of each file, in the order of the files; only a few batches wait at a time."""
+    Raises:
+        UserError: a worker process ended.
+    """
     batches = iter(lambda: list(islice(files, _BATCH)), [])
     first = list(islice(batches, _WORTH))
-    if workers < 2 or len(first) < _WORTH:
-        for batch in _chain(first, batches):
-            yield from _read_batch(batch, settings)
-        return
-    import multiprocessing
-
-    waiting: deque[Future[list[_FileRows]]] = deque()
-    # spawned, not forked: the progress bar has a thread
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_interrupts_to_the_parent)
-    try:
-        for batch in _chain(first, batches):
-            waiting.append(pool.submit(_read_batch, batch, settings))
-            if len(waiting) > 4 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _chain(first: Iterable[list[FoundFile]], rest: Iterable[list[FoundFile]]) -> Iterator[list[FoundFile]]:
-    yield from first
-    yield from rest
+    read = partial(_read_batch, settings=settings)
+    tagged = (("", batch) for batch in chain(first, batches))
+    for _, results in in_order(read, tagged, parallel=len(first) == _WORTH):
+        yield from results
 
 
 def _read_batch(files: Sequence[FoundFile], settings: CodeSettings) -> list[_FileRows]:

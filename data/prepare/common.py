@@ -320,7 +320,9 @@ def check_output(output: Path, *, force: bool) -> None:
         if is_prepared(output) and names <= {ROWS, MANIFEST}:
             if force:
                 return
-            raise UserError(f"{output}: holds prepared rows already", hint="replace them with --force")
+            raise UserError(
+                f"{output}: holds prepared rows already", hint="replace them with --force, or choose another --output"
+            )
     raise UserError(
         f"{output}: exists already and is not a folder that data prepare wrote",
         hint="give another folder with --output",
@@ -378,8 +380,12 @@ def _write(samples: Iterable[Sample], folder: Path, *, kind: Kind, record: Recor
             num_rows += 1
             by_source[sample.source] = by_source.get(sample.source, 0) + 1
     if not num_rows:
-        reasons = ", ".join(f"{reason} {entry['number']:,}" for reason, entry in record.left_out.to_json().items())
-        raise UserError("no row came out of it" + (f"; left out: {reasons}" if reasons else ""))
+        left_out = record.left_out.to_json().items()
+        reasons = ", ".join(f"{reason} {entry['number']:,} ({entry['named'][0]})" for reason, entry in left_out)
+        raise UserError(
+            "no row came out of it" + (f"; left out: {reasons}" if reasons else f": no {kind.name} found there"),
+            hint=f"what it reads: python cli.py data prepare {kind.name} --help, and docs/prepare.md",
+        )
     manifest = Manifest(
         kind=kind.name,
         settings=kind.settings(),
@@ -447,7 +453,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"{path}: the disk is full", hint="free some space, or choose another --output") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             raise UserError(
                 f"{path}: cannot write here ({error.strerror})", hint="choose another folder with --output"
             ) from error

@@ -15,6 +15,7 @@ from core.architecture import read_architecture
 from core.config import LoraConfig, MoeConfig, RunConfig
 from core.protocols import DeviceReport
 from core.workflow.data_check import planned_parameters
+from data.check.page import MAX_PIECES
 from tests.cli.conftest import Result
 from tests.data.made_rows import clean_rows
 from tests.tiny import make_model
@@ -87,7 +88,9 @@ def test_json_for_scripts(run_cli: RunCli, model: Path, faulty: Path) -> None:
     kinds = [finding["kind"] for finding in report["findings"]]
     assert kinds == ["bad-rows", "truncated", "mojibake", "exact-copies"]
     assert set(report["findings"][0]) == {"kind", "level", "text", "hint", "num_rows", "rows"}
-    assert report["findings"][2]["rows"] == [{"origin": "faulty.jsonl:31", "detail": "'Ã©'"}]
+    assert report["findings"][2]["rows"] == [
+        {"origin": "faulty.jsonl:31", "detail": "'Ã©'", "names": ["faulty.jsonl:31"]}
+    ]
     splits = report["facts"]["splits"]
     assert splits["train"]["rows"] + splits["validation"]["rows"] == 150
     assert all(isinstance(line, str) for line in report["expectations"])
@@ -101,6 +104,15 @@ def test_strict_ends_with_1_when_something_is_found(run_cli: RunCli, model: Path
         assert json.loads(done.out)
     else:
         assert done.out.rstrip().splitlines()[-1] == "data.strict: bad-rows, mojibake"
+
+
+def test_a_strict_run_does_not_start_where_the_check_ends_with_1(run_cli: RunCli, model: Path, tmp_path: Path) -> None:
+    rows = write(tmp_path / "rows.jsonl", [*clean_rows(60), {"prompt": "a", "completion": ""}])
+    given = ("--model", model, "--data", rows, "--strict", "--set", "data.skip_bad=true")
+    assert run_cli("data", "check", *given).code == 1
+    done = run_cli("train", *given)
+    assert done.code == 2
+    assert re.search(r"this run is strict: 1 bad row left out: .*line 61: completion is empty", done.err)
 
 
 def test_strict_lets_notes_pass(run_cli: RunCli, model: Path, tmp_path: Path) -> None:
@@ -149,6 +161,35 @@ def test_a_row_that_is_cut_off_is_marked(run_cli: RunCli, model: Path, tmp_path:
     rows = write(tmp_path / "rows.jsonl", [{"prompt": f"Say {n}?", "completion": f"{n} " * 60} for n in range(20)])
     done = run_cli("data", "show", 1, "--split", "validation", "--model", model, "--data", rows, "--max-tokens", 96)
     assert re.search(r"^✂ cut off here, at data\.max_tokens 96: \d+ of \d+ target tokens cut off$", done.out, re.M)
+
+
+def test_a_long_row_is_shown_whole_and_on_the_page_in_part(run_cli: RunCli, model: Path, tmp_path: Path) -> None:
+    words = clean_rows(1)[0]["prompt"]
+    rows = [*clean_rows(30), {"prompt": f"{words} " * 20 + "gold?", "completion": "Silver."}]
+    given = ("--model", model, "--data", write(tmp_path / "rows.jsonl", rows), "--max-tokens", 8192)
+    page = tmp_path / "page.html"
+    run_cli("data", "check", *given, "--page", page)
+    text = page.read_text(encoding="utf-8")
+    split, number, num_tokens = re.search(r"<h3>(\w+) (\d+) <small>rows\.jsonl:31 · ([\d,]+) tokens", text).groups()  # type: ignore[union-attr]
+    rest = int(re.search(r"… ([\d,]+) more tokens", text)[1].replace(",", ""))  # type: ignore[index]
+    assert rest == int(num_tokens.replace(",", "")) - MAX_PIECES
+    done = run_cli("data", "show", number, "--split", split, *given)
+    assert "Silver." in done.out.replace("│", "")
+    assert "✂" not in done.out
+
+
+@pytest.mark.parametrize("cut", ["max_tokens", "page"])
+def test_half_a_secret_is_not_shown(run_cli: RunCli, model: Path, tmp_path: Path, cut: str) -> None:
+    secret = "ghp_" + "a1B2c3D4e5F6g7H8i9J0" + "k1L2m3N4o5P6q7R8"
+    before = "Look: " + "ab " * 480
+    rows = [{"prompt": f"Say {n}?", "completion": f"{before}{'cd' * n} {secret} and on"} for n in range(9)]
+    max_tokens = 1490 if cut == "max_tokens" else 4096
+    given = ("--model", model, "--data", write(tmp_path / "rows.jsonl", rows), "--max-tokens", max_tokens)
+    page = tmp_path / "page.html"
+    run_cli("data", "check", *given, "--page", page)
+    shown = [run_cli("data", "show", number, *given).out for number in (1, 2, 3)] if cut == "max_tokens" else []
+    for text in (re.sub("<[^>]*>", "", page.read_text(encoding="utf-8")), *shown):
+        assert "ghp" not in re.sub("[│⟦⟧]", "", text)
 
 
 def test_control_characters_do_not_reach_the_terminal(run_cli: RunCli, model: Path, tmp_path: Path) -> None:

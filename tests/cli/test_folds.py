@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ import pytest
 import yaml
 
 import cli
+from core.early_stopping import Decision, EarlyStopping
 from core.errors import NonFiniteLossError
 from core.journal import MACHINE_FIELDS
+from core.row_losses import read_row_losses
 from core.run import RunLock
-from core.screen import make_console
 from core.session import Session
-from core.workflow.folds import resume_folds
+from core.trainer import Trainer
 from tests.cli.conftest import Result, write_rows
 
 Train = Callable[..., Result]
-ROOT = Path(__file__).resolve().parents[2]
 FOLDS = ("--folds", "3", "--backend", "cuda", "--lr", "1e-2")
 
 
@@ -48,28 +48,72 @@ def rows_of(run: Path, split: str) -> list[str]:
         return [row["origin"] for row in csv.DictReader(file) if row["split"] == split]
 
 
-def command(model: Path, rows: Path) -> list[str]:
-    """The folds that the tests stop; the same settings as those of the fixture `train`."""
-    arguments = ["train", *FOLDS, "--final", "--model", model, "--data", rows, "--bits", 16, "--device", "cpu"]
-    arguments += ["--output", "run", "--batch-size", 2, "--accumulation", 2, "--max-steps", 4, "--eval-every", 2]
-    return [*map(str, arguments), "--max-tokens", "96"]
+def command(model: Path, rows: Path, *more: object) -> list[str]:
+    """Folds whose best step is the third of six."""
+    arguments = ["train", *FOLDS, "--model", model, "--data", rows, "--bits", 16, "--device", "cpu", "--output", "run"]
+    arguments += ["--batch-size", 2, "--accumulation", 2, "--max-steps", 6, "--eval-every", 3, "--max-tokens", 96]
+    return [*map(str, arguments), "--set", "log.every=1", *map(str, more)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """Every run overfits after its third step, and draws no curves, which cost as much time as all else."""
+    update = EarlyStopping.update
+
+    def overfit(stopping: EarlyStopping, loss: float, *, step: int) -> Decision:
+        return update(stopping, loss + 10 * (step > 3), step=step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EarlyStopping, "update", overfit)
+        patch.setattr("core.session.write_training_curves", lambda folder: None)
+        yield
+
+
+@dataclass(frozen=True)
+class Finished:
+    out: str
+    parent: Path
+    """Three folds and the run on all rows."""
+    killed: Mapping[str, Path]
+    """The parent as it would have been left by a process that was killed in this run."""
+
+
+def after_step(where: str, step: int, act: Callable[[], object]) -> Any:
+    """`Trainer._visit` that also does something after that step of the run in folder `where`."""
+    visit = Trainer._visit
+
+    def acting(trainer: Trainer, *arguments: Any, **named: Any) -> None:
+        visit(trainer, *arguments, **named)
+        if trainer._folder.name == where and trainer.progress.step == step:
+            act()
+
+    return acting
+
+
+KILLED = {"fold-2": 4, "final": 2}
+"""Run -> step after which it is killed: one after a checkpoint, one before the first."""
 
 
 @pytest.fixture(scope="module")
-def finished_once(model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What three folds and the run on all rows print and leave."""
+def finished_once(_quick: None, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """What three folds and the run on all rows print and leave; a row has something that the check warns of."""
     folder, out = tmp_path_factory.mktemp("folds"), io.StringIO()
+    rows = write_rows(folder / "colours.jsonl")
+    rows.write_text(rows.read_text().replace("Say white 3.", "Say white 3. caf\\u00c3\\u00a9 \\ufffd\\ufffd"))
+    killed = {name: folder / f"killed-in-{name}" for name in KILLED}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out):
         patch.chdir(folder)
-        assert cli.main(command(model, rows)) == 0, out.getvalue()
-    return out.getvalue(), folder / "run"
+        for name, step in KILLED.items():
+            copy = partial(shutil.copytree, folder / "run", killed[name])
+            patch.setattr(Trainer, "_visit", after_step(name, step, copy))
+        assert cli.main(command(model, rows, "--final")) == 0, out.getvalue()
+    return Finished(out.getvalue(), folder / "run", killed)
 
 
 @pytest.fixture
-def finished(finished_once: tuple[str, Path], tmp_path: Path) -> tuple[str, Path]:
+def finished(finished_once: Finished, tmp_path: Path) -> tuple[str, Path]:
     """A copy of it, as `run` in the test's own folder."""
-    out, parent = finished_once
-    return out, shutil.copytree(parent, tmp_path / "run")
+    return finished_once.out, shutil.copytree(finished_once.parent, tmp_path / "run")
 
 
 def test_folds_and_the_run_on_all_rows(finished: tuple[str, Path]) -> None:
@@ -88,7 +132,28 @@ def test_folds_and_the_run_on_all_rows(finished: tuple[str, Path]) -> None:
     for heading in ("fold 1 of 3 · run/fold-1", "fold 3 of 3 · run/fold-3", "final run, on all rows"):
         assert heading in out
     assert "over 3 folds" in out and f"[{summaries[1]['gap_low']:z.3f}, " in out
-    check_final(parent, steps=sorted(one["best_step"] for one in summaries)[1])
+    check_pooled(out, parent, names)
+    for found in ("lost in a wrong encoding", "read in another encoding"):
+        assert out.count(found) == 1, "what is wrong with the rows is said once"
+    assert out.count("early stopping can't act") == 3
+    assert "final run, on all rows, to step 3 of the folds' 6 (their median best step" in out
+    check_final(parent)
+
+
+def check_pooled(out: str, parent: Path, names: tuple[str, ...]) -> None:
+    """Sum of the losses of all validation rows over the sum of their targets; not the mean over folds, who differ."""
+    summary = read(parent / "folds_summary.json")
+    measured = {step: [read_row_losses(parent / name, step) for name in names] for step in (0, 3)}
+    pooled = {}
+    for step, losses in measured.items():
+        held_out = [both[0] for both in losses if both is not None]
+        pooled[step] = sum(one.nll.sum() for one in held_out) / sum(one.num_targets.sum() for one in held_out)
+    found = summary["pooled_val_loss"]
+    assert found["base"] == pytest.approx(pooled[0], rel=1e-12) and found["best"] == pytest.approx(pooled[3], rel=1e-12)
+    assert found["best"] != pytest.approx(summary["best_val_loss"]["mean"], rel=1e-4)
+    assert (
+        f"{found['base']:.3f} → {found['best']:.3f}, each of {found['num_targets']} target tokens counted once" in out
+    )
 
 
 def check_rows(parent: Path, names: tuple[str, ...]) -> None:
@@ -102,8 +167,9 @@ def check_rows(parent: Path, names: tuple[str, ...]) -> None:
     assert rows_of(parent / "final", "validation") == []
 
 
-def check_final(parent: Path, *, steps: int) -> None:
-    """As many steps as the folds' median, a rate that ends there, and nothing that looks like a judgement."""
+def check_final(parent: Path) -> None:
+    """As many steps as the folds' median, at the folds' rates, and nothing that looks like a judgement."""
+    steps = 3
     final = parent / "final"
     summary, state = read(final / "training_summary.json"), read(final / "training_state.json")
     assert summary["status"] == "finished" and summary["steps"] == summary["best_step"] == steps
@@ -113,6 +179,8 @@ def check_final(parent: Path, *, steps: int) -> None:
     config = yaml.safe_load((final / "config.yaml").read_text())
     assert config["train"]["max_steps"] == steps and config["guard"]["patience"] is None
     records = losses(final)
+    assert [record["lr"] for record in records] == [record["lr"] for record in losses(parent / "fold-1")[: steps + 1]]
+    assert state["schedule_steps"] == 6
     assert not {"val_loss", "gap", "grade", "best_val_loss"} & set().union(*records)
     assert records[-1]["probe_loss"] < records[0]["probe_loss"], "it learned"
     assert (final / "adapters/adapter_model.safetensors").is_file()
@@ -127,71 +195,68 @@ def test_generate_and_monitor_take_the_parent(finished: tuple[str, Path], run_cl
     assert again.code == 2 and "all folds are finished" in again.err
 
 
-def test_the_final_run_may_be_asked_for_later(train: Train, tmp_path: Path) -> None:
-    result = train(*FOLDS, "--max-steps", "2")
-    assert result.code == 0 and "--resume run --final" in result.out and not (tmp_path / "run/final").exists()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("fold-*/metrics.jsonl")}
-    assert resume_folds(Path("run"), final=True, console=make_console()) == 0
-    assert read(tmp_path / "run/final/training_summary.json")["steps"] == 2
-    assert before == {path: path.stat().st_mtime_ns for path in before}, "finished folds are left alone"
-
-
-STOPPED = """
-import os, signal, sys
-from core.trainer import Trainer
-kept = Trainer._visit
-def visit(trainer, step, lr):
-    kept(trainer, step, lr)
-    if trainer._folder.name == os.environ["STOP_IN"] and step == 3:
-        os.kill(os.getpid(), int(os.environ["STOP_BY"]))
-Trainer._visit = visit
-import cli
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def stop(arguments: list[str], *, cwd: Path, where: str, by: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Runs the command in a process of its own, and sends it a signal after the third step of a run."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "STOP_IN": where, "STOP_BY": str(int(by))}
-    command = [sys.executable, "-c", STOPPED, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize(
-    ("where", "by", "code"),
-    [("fold-2", signal.SIGKILL, -9), ("fold-2", signal.SIGINT, 130), ("final", signal.SIGKILL, -9)],
-)
-def test_stopped_and_resumed_equals_not_stopped(
-    finished: tuple[str, Path],
-    run_cli: Train,
-    model: Path,
-    rows: Path,
-    tmp_path: Path,
-    where: str,
-    by: signal.Signals,
-    code: int,
-) -> None:
-    whole = finished[1].rename(tmp_path / "whole")
-    ran = stop(command(model, rows), cwd=tmp_path, where=where, by=by)
-    assert ran.returncode == code, ran.stderr
-    if by == signal.SIGINT:
-        assert "python cli.py train --resume run\n" in ran.stdout
-        assert read(tmp_path / "run/folds.json")["status"] == "interrupted"
-    assert not (tmp_path / "run/folds_summary.json").exists() or where == "final"
-    result = run_cli("train", "--resume", "run")
-    assert result.code == 0, result
-    for name in ("fold-1", "fold-2", "fold-3", "final"):
-        assert losses(tmp_path / "run" / name) == losses(whole / name), name
-    one, other = (read(folder / "folds_summary.json") for folder in (tmp_path / "run", whole))
-    for name in ("gap", "best_val_loss", "best_step", "luck"):
-        assert one[name] == other[name]
-    adapters = [(path / "final/adapters/adapter_model.safetensors").read_bytes() for path in (tmp_path / "run", whole)]
+def same_final(parent: Path, other: Path) -> None:
+    """The same run to the bit."""
+    assert losses(parent / "final") == losses(other / "final")
+    adapters = [(path / "final/adapters/adapter_model.safetensors").read_bytes() for path in (parent, other)]
     assert adapters[0] == adapters[1]
 
 
-def test_a_fold_that_fails_does_not_stop_the_others(
-    train: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_final_run_may_be_asked_for_later(
+    finished: tuple[str, Path], finished_once: Finished, run_cli: Train, model: Path
 ) -> None:
+    parent = finished[1]
+    shutil.rmtree(parent / "final")
+    (parent / "folds.json").write_text(json.dumps(read(parent / "folds.json") | {"final": False}))
+    for arguments in (("train", "--model", model, "--init-adapter", "run"), ("convert", "run")):
+        refused = run_cli(*arguments)
+        assert refused.code == 2 and "train --resume run --final" in refused.err and "run/fold-1" in refused.err
+    before = {path: path.stat().st_mtime_ns for path in parent.glob("fold-*/metrics.jsonl")}
+    assert run_cli("train", "--resume", "run", "--final").code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "finished folds are left alone"
+    same_final(parent, finished_once.parent)
+
+
+def test_killed_interrupted_and_resumed_equals_not_stopped(
+    finished_once: Finished, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second fold, gone on with, interrupted in the run on all rows, gone on with."""
+    parent, whole = shutil.copytree(finished_once.killed["fold-2"], tmp_path / "run"), finished_once.parent
+    assert not (parent / "folds_summary.json").exists() and not (parent / "fold-3").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_visit", after_step("final", 2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        stopped = run_cli("train", "--resume", "run")
+    assert stopped.code == 130 and "python cli.py train --resume run\n" in stopped.out
+    assert read(parent / "folds.json")["status"] == "interrupted"
+    assert read(parent / "final/training_state.json")["step"] == 2
+    # the run alone: what it is part of is not asked
+    result = run_cli("train", "--resume", "run/final")
+    assert result.code == 0, result
+    assert run_cli("train", "--resume", "run").code == 0
+    assert read(parent / "folds.json")["status"] == "finished"
+    for name in ("fold-1", "fold-2", "fold-3"):
+        assert losses(parent / name) == losses(whole / name), name
+    one, other = (read(folder / "folds_summary.json") for folder in (parent, whole))
+    for name in ("gap", "best_val_loss", "pooled_val_loss", "best_step", "luck"):
+        assert one[name] == other[name]
+    same_final(parent, whole)
+
+
+def test_killed_before_the_first_checkpoint_of_the_final_run(
+    finished_once: Finished, run_cli: Train, tmp_path: Path
+) -> None:
+    parent = shutil.copytree(finished_once.killed["final"], tmp_path / "run")
+    assert not list((parent / "final/checkpoints").iterdir())
+    result = run_cli("train", "--resume", "run/final")
+    assert result.code == 0 and "no checkpoint yet" in result.out
+    same_final(parent, finished_once.parent)
+
+
+def test_a_fold_that_fails_does_not_stop_the_others(
+    finished: tuple[str, Path], run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fold-2", "fold-3", "final"):
+        shutil.rmtree(finished[1] / name)
     begin = Session._finish
 
     def fail(session: Session, *arguments: Any) -> int:
@@ -201,7 +266,7 @@ def test_a_fold_that_fails_does_not_stop_the_others(
 
     with monkeypatch.context() as patched:
         patched.setattr(Session, "_finish", fail)
-        result = train(*FOLDS, "--final")
+        result = run_cli("train", "--resume", "run")
     assert result.code == 1, result
     assert "step 3: the loss became nan" in result.out and "over 2 folds of 3" in result.out
     assert "try again: python cli.py train --resume run" in result.out
@@ -235,13 +300,23 @@ def test_wrong_input_leaves_nothing_behind(train: Train, rows: Path, tmp_path: P
     assert list((tmp_path / "empty").iterdir()) == [], "a folder that was there stays, empty"
 
 
-def test_a_taken_output_and_a_second_process(train: Train, run_cli: Train, tmp_path: Path) -> None:
-    assert train(*FOLDS, "--max-steps", "2").code == 0
+def test_a_taken_output_and_a_second_process(finished: tuple[str, Path], train: Train, run_cli: Train) -> None:
     taken = train(*FOLDS)
     assert taken.code == 2 and "already exists" in taken.err and "train --resume run" in taken.err
-    shutil.rmtree(tmp_path / "run/fold-3")
-    with RunLock(tmp_path / "run"):
+    shutil.rmtree(finished[1] / "fold-3")
+    with RunLock(finished[1]):
         second = run_cli("train", "--resume", "run")
     assert second.code == 2 and "another process is training here" in second.err
-    assert run_cli("train", "--resume", "run").code == 0
-    assert read(tmp_path / "run/fold-3/training_summary.json")["status"] == "finished"
+
+
+def test_a_summary_that_was_edited_ends_nothing_in_a_traceback(finished: tuple[str, Path], run_cli: Train) -> None:
+    parent = finished[1]
+    path = parent / "fold-2/training_summary.json"
+    path.write_text(json.dumps(read(path) | {"gap_low": None}))
+    shown = run_cli("monitor", "run", "--once")
+    assert shown.code == 0 and "over 2 folds of 3" in shown.out and "fold-2/training_summary.json" in shown.out
+    assert run_cli("monitor", "run", "--json").code == 0
+    shutil.rmtree(parent / "final")
+    again = run_cli("train", "--resume", "run")
+    assert again.code == 1 and "remove run/fold-2, then: python cli.py train --resume run" in again.out
+    assert not (parent / "final").exists(), "the median of two folds is not that of three"

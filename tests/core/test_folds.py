@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from core import monitor
+from core.adapter_files import find_adapter
 from core.config import GuardConfig, RunConfig, to_plain
 from core.errors import UserError
 from core.folds import (
@@ -18,6 +20,7 @@ from core.folds import (
     FoldResult,
     FoldsVerdict,
     Spread,
+    damaged,
     is_folds,
     judge,
     judged_by,
@@ -27,8 +30,10 @@ from core.folds import (
     t_quantile,
 )
 from core.folds_plot import curves, write_folds_plot
-from core.folds_screen import mixed_rows, table_lines, verdict_lines
+from core.folds_screen import final_steps, mixed_rows, table_lines, verdict_lines
 from core.overfitting import grade_of
+from core.protocols import RowLosses
+from core.row_losses import write_row_losses
 from core.run import RunLock, newest_run
 
 GUARD = GuardConfig()
@@ -105,6 +110,39 @@ def test_the_verdict_is_the_means_and_names_who_disagrees() -> None:
     # the interval of the mean: 0.11 -+ 3.182 * 0.0739 / 2
     assert "the interval reaches from EXCELLENT to MODERATE" in text
     assert "of 25 steps (the folds' median best step): python cli.py train --resume runs/x --final" in text
+
+
+def test_the_pooled_loss_counts_each_token_once() -> None:
+    # (2.5 * 100 + 1.0 * 20 + 1.0 * 30) / 150 = 2; the best losses are 2.1, 2.2 and 2.3: (210 + 44 + 69) / 150
+    verdict = judged(
+        fold(1, 0.1, num_val_targets=100),
+        fold(2, 0.2, num_val_targets=20, base_val_loss=1.0),
+        fold(3, 0.3, num_val_targets=30, base_val_loss=1.0),
+    )
+    assert verdict.pooled is not None and verdict.pooled.num_targets == 150
+    assert verdict.pooled.base == pytest.approx(2.0) and verdict.pooled.best == pytest.approx(323 / 150)
+    assert verdict.best_val_loss.mean == pytest.approx(2.2), "the fold mean is another"
+    assert verdict.to_dict()["pooled_val_loss"] == {
+        "base": pytest.approx(2.0),
+        "best": pytest.approx(323 / 150),
+        "num_targets": 150,
+    }
+    text = "\n".join(verdict_lines(Path("x"), verdict, failed=[], has_final=True, start="base model"))
+    assert "pooled    validation loss 2.000 → 2.153, each of 150 target tokens counted once" in text
+    mean, _, pooled = (line.plain.split() for line in table_lines(verdict.results, verdict)[4:])
+    assert mean[:4] == ["fold", "mean", "1.500", "2.200"] and pooled == ["pooled", "60", "validated", "2.000", "2.153"]
+    unknown = judged(fold(1, 0.1, num_val_targets=100), fold(2, 0.2))
+    assert unknown.pooled is None and unknown.to_dict()["pooled_val_loss"] is None
+    assert "pooled" not in "\n".join(line.plain for line in table_lines(unknown.results, unknown))
+
+
+def test_the_run_on_all_rows_stops_within_the_folds_schedule() -> None:
+    verdict = judged(
+        fold(1, 0.1, step=20, total_steps=66), fold(2, 0.1, step=33, total_steps=66), fold(3, 0.1, total_steps=69)
+    )
+    assert (verdict.median_best_step, verdict.schedule_steps) == (33, 66)
+    assert final_steps(verdict) == "to step 33 of the folds' 66 (their median best step, at their learning rates)"
+    assert judged(fold(1, 0.1, total_steps=66), fold(2, 0.1)).schedule_steps is None
 
 
 def test_own_intervals_are_averaged_as_variances() -> None:
@@ -206,6 +244,46 @@ def test_the_adapter_of_folds_is_that_of_all_rows(parent: Path) -> None:
     assert run_with_adapter(parent / "fold-1") == parent / "fold-1"
     write_run(parent / "final", 0.0)
     assert run_with_adapter(parent) == parent / "final"
+
+
+def test_an_adapter_looked_for_in_folds_is_that_of_all_rows(parent: Path) -> None:
+    with pytest.raises(UserError, match="each with an adapter of its own") as refused:
+        find_adapter(parent)
+    assert f"--resume {parent} --final" in str(refused.value) and f"{parent}/fold-1" in str(refused.value)
+    write_run(parent / "final", 0.0)
+    for name in ("fold-1", "final"):
+        (parent / name / "adapters").mkdir()
+        (parent / name / "adapters/adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": f"org/{name}"})
+        )
+        (parent / name / "adapters/adapter_model.safetensors").touch()
+    found = find_adapter(parent)
+    assert found.path == parent / "final/adapters" and found.base_model == "org/final"
+    assert find_adapter(parent / "fold-1").base_model == "org/fold-1"
+
+
+@pytest.mark.parametrize("name", ["gap", "gap_low", "gap_high", "grade", "base_val_loss", "best_val_loss", "best_step"])
+@pytest.mark.parametrize("value", [None, "x"])
+def test_a_damaged_summary_is_said_and_its_fold_left_out(parent: Path, name: str, value: object) -> None:
+    write_run(parent / "fold-3", 0.2)
+    path = parent / "fold-3/training_summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    plan = json.loads((parent / "folds.json").read_text())
+    (parent / "folds.json").write_text(json.dumps(plan | {"status": "finished", "current": None}))
+    results = read_folds(parent)
+    assert [result.is_done for result in results] == [True, False, False] and damaged(results) == ["fold-3"]
+    assert judged(*results).gap.mean == pytest.approx(0.1)
+    text = " ".join(shown(parent, width=300).split())
+    assert "finished, training_summary.json damaged" in text
+    assert f"to train again, remove {parent}/fold-3, then: python cli.py train --resume {parent}" in text
+
+
+def test_row_losses_that_are_damaged_leave_no_pooled_loss(parent: Path) -> None:
+    losses = RowLosses(np.arange(2), np.array([3.0, 5.0]), np.array([3, 4]))
+    write_row_losses(parent / "fold-1", 40, validation=losses, probe=losses)
+    assert read_folds(parent)[0].num_val_targets == 7
+    (parent / "fold-1/row_losses/step40.safetensors").write_bytes(b"no tensors")
+    assert read_folds(parent)[0].num_val_targets is None
 
 
 def test_what_a_final_run_says_of_the_folds(parent: Path) -> None:

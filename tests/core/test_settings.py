@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+import cli
 from core.config import RunConfig, to_plain
 from core.errors import UserError
 from core.settings import (
@@ -59,6 +60,28 @@ def resolve_with(names: tuple[str, ...], tmp_path: Path) -> Any:
         assignments=["lora.rank=22"] if "--set" in names else [],
         flags={"lora.rank": ("--rank", 23)} if "flag" in names else {},
     )
+
+
+def test_what_was_typed_gives_the_same_settings_again(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "lora: {rank: 5, alpha: 3}")
+    file = write(tmp_path / "mine.yaml", "extends: [quickstart, base.yaml]\nlora: {rank: 21}")
+    given: dict[str, Any] = {
+        "presets": ["quickstart", "conservative"],
+        "files": [file],
+        "assignments": ["data.fields={prompt: q}", "optim.betas=[0.8, 0.9]"],
+        "flags": {"optim.lr": ("--lr", 0.25), "data.strict": ("--strict", True), "output": ("--output", "my run")},
+    }
+    settings = resolve(**given)
+    typed = settings.typed_words(without=("--output",))
+    assert typed[-3:] == ["--lr", "0.25", "--strict"] and typed.count("--config") == 1, "a file brings what it extends"
+    args = vars(cli.build_parser().parse_args(["train", *typed]))
+    assert (args["preset"], args["config"], args["assignments"]) == (
+        given["presets"],
+        [str(file)],
+        given["assignments"],
+    )
+    assert args["optim.lr"] == 0.25 and args["data.strict"] is True and args["output"] is None
+    assert settings.typed_words()[-2:] == ["--output", "my run"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from core.config import RunConfig
 from core.errors import NonFiniteLossError
 from core.journal import JSON_EXPORT, MACHINE_FIELDS, Journal
 from core.run import ROW_LOSSES
-from core.trainer import Status, Trainer, plan_steps
+from core.schedule import plan_steps
+from core.trainer import Status, Trainer
 from tests.fakes import NAME, FakeData, FakeLearner, SilentScreen
 
 

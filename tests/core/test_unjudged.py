@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from core.errors import NonFiniteLossError
 from core.journal import Journal
 from core.protocols import Batch
 from core.row_losses import read_row_losses
-from core.trainer import Plan, Progress, Status, Trainer
+from core.schedule import Plan
+from core.trainer import Progress, Status, Trainer
 from core.verdict import summarize, verdict_lines
 from tests.fakes import NAME, FakeData, FakeLearner, SilentScreen
 
@@ -41,7 +43,14 @@ CONFIG = RunConfig.model_validate(
 
 
 class Run:
-    def __init__(self, folder: Path, *, learner: FakeLearner | None = None, stop_at: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        learner: FakeLearner | None = None,
+        stop_at: int | None = None,
+        schedule_steps: int | None = None,
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.learner, self.screen = folder, learner or FakeLearner(), SilentScreen()
         self.saved: list[np.ndarray[Any, Any]] = []
@@ -59,6 +68,7 @@ class Run:
             screen=self.screen,
             save_best=lambda tensors: self.saved.append(np.array(tensors[NAME])),
             heartbeat=lambda values: self.beats.append(dict(values)),
+            schedule_steps=schedule_steps,
             should_interrupt=lambda: stop_at is not None and self.trainer.progress.step >= stop_at,
         )
 
@@ -87,6 +97,19 @@ def test_the_last_adapter_is_kept_and_nothing_is_claimed(tmp_path: Path) -> None
     json.dumps(run.beats, allow_nan=False)
     assert read_row_losses(run.folder, 4) is None, "no row's loss can be held against another weight's"
     assert 11 in run.checkpointer.steps()
+
+
+def test_it_may_stop_in_the_middle_of_a_longer_schedule(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", schedule_steps=22)
+    assert run.run() == "finished" and run.trainer.progress.step == 11
+    # one warm-up step of 22, then a cosine from the peak: step 11 is 9 of 21 parts down
+    rates = {record["step"]: record["lr"] for record in run.records()}
+    assert rates[2] == pytest.approx(0.3) and rates[11] == pytest.approx(0.15 * (1 + math.cos(math.pi * 9 / 21)))
+    checkpoint = run.checkpointer.latest()
+    assert checkpoint is not None and checkpoint.trainer["schedule_steps"] == 22
+    to_its_end = Run(tmp_path / "other")
+    to_its_end.run()
+    assert not np.array_equal(run.learner.logits, to_its_end.learner.logits)
 
 
 def test_resumed_it_ends_in_the_same_bits(tmp_path: Path) -> None:

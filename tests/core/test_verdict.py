@@ -11,8 +11,9 @@ import pytest
 
 from core.config import GuardConfig, RunConfig
 from core.early_stopping import EarlyStopping
-from core.overfitting import Gap
-from core.trainer import Plan, Progress
+from core.overfitting import Gap, grade_of
+from core.schedule import Plan
+from core.trainer import Progress
 from core.verdict import summarize, verdict_lines
 
 # as others read it
@@ -70,9 +71,9 @@ def summary_of(status: str = "finished", **progress: Any) -> dict[str, Any]:
     return summarize(trainer, config=config, model="tiny", status=status, num_train_rows=80, num_val_rows=20)
 
 
-def lines_of(status: str, *, gap: Gap | None = BEST, **progress: Any) -> list[str]:
+def lines_of(status: str, *, gap: Gap | None = BEST, base_gap: float | None = None, **progress: Any) -> list[str]:
     return verdict_lines(
-        summary_of(status, best_gap=gap, **progress),
+        summary_of(status, best_gap=gap, **progress) | {"base_gap": base_gap},
         gap=gap,
         guard=GuardConfig(),
         folder=Path("runs/x"),
@@ -168,6 +169,30 @@ def test_overfitting_comes_first() -> None:
 def test_an_interval_that_reaches_another_grade_is_said() -> None:
     lines = lines_of("finished", gap=Gap(1.1, 1.0, low=-0.1, high=0.35, grade="GOOD"))
     assert any("the interval reaches into CRITICAL: 20 validation rows" in line for line in lines)
+
+
+@pytest.mark.parametrize(("before", "is_harder"), [(0.62, True), (0.5, False), (0.0, False), (-0.1, False)])
+def test_a_gap_that_was_there_before_is_no_overfitting(before: float, is_harder: bool) -> None:
+    lines = lines_of("finished", gap=LAST, base_gap=before)
+    harder = f"The held-out rows are harder: their loss was {before:.2f} above the training rows' before training"
+    assert lines[0].startswith(harder if is_harder else "Potential overfitting detected!")
+    assert any(f"CRITICAL   ({before:.3f} before training)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "said"),
+    [
+        (0.01, 0.02, 0.04, None),
+        (-0.3, 0.02, 0.2, "into MODERATE"),
+        (-0.3, 0.4, 0.6, "into EXCELLENT"),
+        (-0.3, 0.1, 0.6, "into CRITICAL"),
+        (-0.3, 0.2, 0.6, "from EXCELLENT to CRITICAL"),
+    ],
+)
+def test_grades_that_the_interval_reaches(low: float, value: float, high: float, said: str | None) -> None:
+    gap = Gap(1.0 + value, 1.0, low, high, grade_of(value, GuardConfig().grades))
+    told = [line for line in lines_of("finished", gap=gap) if "the interval reaches" in line]
+    assert [line.split("reaches ")[1].split(":")[0] for line in told] == ([] if said is None else [said])
 
 
 @pytest.mark.parametrize("status", ["finished", "early_stopped", "interrupted"])

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.config import DataConfig, RunConfig
-from data.check.collect import check_prepared, check_rows, read_rows
+from data.check.collect import check_rows, read_rows
 from data.check.findings import Finding, of_rows
 from data.check.inspection import Inspection
-from data.check.report import Report, brief, stops
-from data.dataset import load_data, tokenize_data
+from data.check.report import Report, stops
+from data.dataset import tokenize_data
 from data.formats import Example
 from data.tokenize import Tokenizer
 from tests.data.conftest import MakeTokenizer
@@ -118,6 +118,17 @@ def test_answers_that_are_cut_off_are_named_the_worst_first(write: Write, chatml
     assert finding.rows[0].detail.startswith(f"{int(lengths[10]) - bound} of ")
     assert f"data.max_tokens={int(lengths[10])} " in finding.hint
     assert report.facts.share_cut == pytest.approx(0.02)
+
+
+def test_the_longest_row_is_exact(write: Write, chatml: Tokenizer) -> None:
+    rows = clean_rows(40)
+    rows[10]["completion"] = "ab " * 1600  # 3 tokens each
+    path = write(rows)
+    longest = max(tokenize_data(DataConfig(path=path, max_tokens=8192), chatml).split("train").rows.lengths)
+    rows[10]["completion"] += "a" * (5001 - int(longest))
+    report = report_of(write(rows), chatml, max_tokens=100)
+    assert "data.max_tokens=5001 " in of_kind(report, "truncated").hint
+    assert report.facts.quantiles["longest"] == 5001
 
 
 def test_a_row_that_loses_its_whole_answer_is_named(write: Write, chatml: Tokenizer) -> None:
@@ -236,7 +247,7 @@ def test_notes_on_templates(write: Write, make: MakeTokenizer) -> None:
         for index, row in enumerate(rows)
     ]
     report = report_of(write(chats), make(refusing))
-    assert {finding.kind: finding.num_rows for finding in report.findings} == {"last-question": 1, "system-merged": 0}
+    assert {finding.kind: finding.num_rows for finding in report.findings} == {"last-question": 1, "system-merged": 100}
 
 
 # Labels
@@ -262,16 +273,24 @@ def test_a_single_label_and_labels_only_in_validation(write: Write, chatml: Toke
     assert "entailment" in of_kind(report, "unseen-labels").text
 
 
-@pytest.mark.parametrize("explained", [False, True])
-def test_labels_that_contradict_each_other(write: Write, chatml: Tokenizer, explained: bool) -> None:
+@pytest.mark.parametrize("explained", [(), range(120), (3,), (90,)], ids=["none", "all", "one", "the other"])
+def test_labels_that_contradict_each_other(write: Write, chatml: Tokenizer, explained: Sequence[int]) -> None:
     rows = clean_pairs(120)
     rows[90] = rows[3] | {"label": "neutral" if rows[3]["label"] != "neutral" else "entailment"}
     rows[91] = copy.copy(rows[4])
-    if explained:
-        rows = [row | {"explanation": f"Because of number {index}."} for index, row in enumerate(rows)]
+    for index in explained:
+        rows[index] = rows[index] | {"explanation": f"Because of number {index}.\n\nAnd so."}
     report = report_of(write(rows), chatml)
     finding = of_kind(report, "contradictory-labels")
     assert (finding.level, finding.num_rows, origins(finding)) == ("warning", 1, ["rows.jsonl:4 and rows.jsonl:91"])
+
+
+def test_a_column_of_many_values_is_no_label(write: Write, chatml: Tokenizer) -> None:
+    rows = [{"prompt": f"Say {index}?", "completion": f"{index}.", "id": f"n{index}"} for index in range(1200)]
+    report = report_of(write(rows), chatml, stratify="id", near_duplicates=None)
+    assert of_kind(report, "no-label").level == "note"
+    assert report.facts.labels == {}
+    assert "\\u0000" not in json.dumps(report.to_json())
 
 
 def test_labels_as_plain_answers_contradict_each_other_too(write: Write, chatml: Tokenizer) -> None:
@@ -304,6 +323,17 @@ def test_exact_copies(write: Write, chatml: Tokenizer) -> None:
     finding = only(report_of(write(rows), chatml), "exact-copies")
     assert (finding.level, finding.num_rows) == ("note", 2)
     assert origins(finding) == ["rows.jsonl:61 and rows.jsonl:7", "rows.jsonl:71 and rows.jsonl:7"]
+
+
+def test_a_file_whose_name_says_and(write: Write, chatml: Tokenizer) -> None:
+    rows = clean_rows(100)
+    rows[60] = rows[6]
+    finding = only(report_of(write(rows, "salt and pepper: all.jsonl"), chatml), "exact-copies")
+    assert finding.rows[0].names == ("salt and pepper: all.jsonl:61", "salt and pepper: all.jsonl:7")
+    rows[5] = {"prompt": "a", "completion": ""}
+    finding = of_kind(report_of(write(rows, "salt and pepper: all.jsonl"), chatml), "bad-rows")
+    assert (finding.rows[0].names, finding.rows[0].detail) == ((), "completion is empty")
+    assert finding.rows[0].origin.endswith("salt and pepper: all.jsonl, line 6")
 
 
 def test_near_copies_and_what_they_would_do_to_the_gap(write: Write, chatml: Tokenizer) -> None:
@@ -348,98 +378,3 @@ def test_rows_that_cant_be_split(write: Write, chatml: Tokenizer) -> None:
         "exact-copies": "note",
     }
     assert report.facts.splits["train"].rows == 3
-
-
-# Facts, expectations, the start of a run
-
-
-def test_the_facts_are_those_of_the_rows(write: Write, chatml: Tokenizer) -> None:
-    path = write(clean_rows(100))
-    facts = report_of(path, chatml).facts
-    prepared = load_data(DataConfig(path=path), chatml, seed=0)
-    assert (facts.name, facts.format) == ("rows.jsonl", "prompt and completion")
-    for split, rows in (("train", prepared.train), ("validation", prepared.validation)):
-        some = facts.splits[split]
-        assert (some.rows, some.tokens, some.targets) == (len(rows), rows.num_tokens, rows.num_targets)
-        assert not some.is_given
-    lengths = sorted([*prepared.train.lengths, *prepared.validation.lengths])
-    assert facts.quantiles == {
-        "shortest": lengths[0],
-        "median": lengths[49],
-        "p95": lengths[94],
-        "longest": lengths[99],
-    }
-    assert sum(rows for _, _, rows in facts.histogram) == 100
-
-
-def test_expectations_weigh_parameters_against_targets(write: Write, chatml: Tokenizer) -> None:
-    path = write(clean_rows(100))
-    targets = load_data(DataConfig(path=path), chatml, seed=0).train.num_targets
-    many = report_of(path, chatml, num_parameters=50 * targets).expectations
-    assert f"{targets:,} target tokens, each seen 3 times, against {50 * targets:,} adapter parameters: 50 " in many[0]
-    assert "by heart" in many[1]
-    assert "lora.rank 4" in many[1]
-    some = report_of(path, chatml, num_parameters=4 * targets).expectations
-    assert "lora.rank 4 would have about one for each target token" in some[1]
-    few = report_of(path, chatml, num_parameters=targets // 10).expectations
-    assert "generalise" in few[1]
-    assert "`train --folds 5`" in many[-1]
-
-
-def test_few_steps_are_said(write: Write, chatml: Tokenizer) -> None:
-    rows = write(clean_rows(30))
-    num_train = len(load_data(DataConfig(path=rows), chatml, seed=0).train)
-    num_steps = 3 * -(-num_train // 8)
-    assert any(f"about {num_steps} optimiser steps" in line for line in report_of(rows, chatml).expectations)
-
-
-def test_the_start_of_a_run_says_the_worst_in_a_handful_of_lines(write: Write, chatml: Tokenizer) -> None:
-    rows = clean_rows(120)
-    rows[1]["completion"] = "The key is AKIA" + "Q3Z7M2K9P4X8W6TR and it opens the store."
-    rows[2]["completion"] = "A cafÃ© by the lake that has tables."
-    rows[3]["completion"] = "A bell \x07 that rings at every hour."
-    rows[4]["completion"] = "A caf\ufffd by the lake that has tables."
-    rows[5]["completion"] = "An arrow \ue0b0 that is in no other font."
-    rows[60] = rows[6]
-    config = RunConfig(data=DataConfig(path=write(rows)))
-    prepared = load_data(config.data, chatml, seed=0)
-    report = check_prepared(prepared, config, num_parameters=None)
-    lines = brief(report, prepared.findings)
-    assert len(lines) == 5
-    assert lines[0].endswith("which a trained model can repeat (rows.jsonl:2)")
-    assert lines[-1] == "and 1 more finding: python cli.py data check"
-    assert not any("the same as" in line for line in lines)  # which the run says anyway
-    assert stops(report)[0].kind == "secret"
-
-
-def test_the_start_of_a_run_sees_near_copies_in_a_file_of_its_own(write: Write, chatml: Tokenizer) -> None:
-    rows = clean_rows(120)
-    folder = Path(write(rows[:100], "set/train.jsonl")).parent
-    write([*rows[100:], near_copy(rows[4]), near_copy(rows[5])], "set/valid.jsonl")
-    config = RunConfig(data=DataConfig(path=str(folder)))
-    report = check_prepared(load_data(config.data, chatml, seed=0), config, num_parameters=None)
-    assert [finding.kind for finding in report.findings] == ["near-copies-across"]
-    assert brief(report) == [
-        "2 of 22 validation rows (9%) have a near copy in the training file: the gap will look too good "
-        "(valid.jsonl:21 and train.jsonl:5, valid.jsonl:22 and train.jsonl:6)"
-    ]
-
-
-def test_a_few_near_copies_across_files_are_a_note(write: Write, chatml: Tokenizer) -> None:
-    rows = clean_rows(150)
-    folder = Path(write(rows[:100], "set/train.jsonl")).parent
-    write([*rows[100:], near_copy(rows[4])], "set/valid.jsonl")
-    finding = only(report_of(str(folder), chatml), "near-copies-across")
-    assert finding.level == "note"
-    assert finding.text == (
-        "1 of 51 validation rows (2%) has a near copy in the training file: too few to move the gap much."
-    )
-
-
-def test_a_cut_answer_is_not_a_short_one_too(write: Write, chatml: Tokenizer) -> None:
-    rows = clean_rows(100)
-    path = write(rows)
-    part = tokenize_data(DataConfig(path=path), chatml).split("train").rows
-    prompts = [int((~part.is_target[index]).sum()) for index in range(100)]
-    kinds = {finding.kind for finding in report_of(path, chatml, max_tokens=min(prompts) + 2).findings}
-    assert kinds == {"truncated", "answer-lost"}

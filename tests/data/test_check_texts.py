@@ -82,6 +82,8 @@ JWT = (
         ("JSON Web Token", JWT),
         ("Telegram Bot Token", "123456789:" + token("", 35)),
         ("SendGrid API Key", "SG." + token("", 22) + "." + token("", 43)),
+        ("Groq API Key", token("gsk_", 52)),
+        ("OpenAI Token", token("sk-proj-", 20) + token("-", 20) + token("_", 30)),
     ],
 )
 def test_a_token_is_found_and_masked(name: str, secret: str) -> None:
@@ -99,6 +101,55 @@ def test_a_password_in_an_address_or_an_assignment_is_found() -> None:
     assert masked('password = "hunter2x9Qz"  # mine') == 'password = "•••••••••••"  # mine'
 
 
+@pytest.mark.parametrize(
+    ("before", "secret"),
+    [
+        ("DB_PASSWORD=", "Sup3rS3" + "cret99x"),
+        ("export API_KEY=", token("", 24)),
+        ("AWS_SECRET_ACCESS_KEY=", "wJalr/UtnFEMI/K7MDENG/bPxRfi" + "CYzA1b2C3d4E"),
+        ("aws_secret_access_key = ", "wJalr/UtnFEMI/K7MDENG/bPxRfi" + "CYzA1b2C3d4E"),
+        ("  password: ", "hunter2" + "x9Qz"),
+        ("Server=db;Password=", "hunter2" + "x9Qz"),
+        ("Authorization: Bearer ", token("", 40)),
+    ],
+)
+def test_a_secret_without_quotation_marks_is_found(before: str, secret: str) -> None:
+    assert masked(f"{before}{secret}\nAnd on.") == f"{before}{'•' * len(secret)}\nAnd on."
+
+
+@pytest.mark.parametrize(
+    ("shown", "hidden"),
+    [
+        ("Use ", token("ghp_", 9)),
+        ("Use ", "AKIA" + "Q3Z7"),
+        ("DB_PASSWORD=", "Sup"),
+        ('password = "', "hun"),
+        ("Bearer ", "a1B"),
+        ("Use ", token("", 14)),
+    ],
+)
+def test_half_a_secret_is_masked_where_the_text_was_cut(shown: str, hidden: str) -> None:
+    assert masked(shown + hidden, is_cut=True) == shown + "•" * len(hidden)
+    assert masked(shown + hidden) == shown + hidden
+    assert masked(f"{shown}{hidden} and on", is_cut=True) == f"{shown}{hidden} and on"
+
+
+def test_the_end_of_a_cut_text_is_shown() -> None:
+    assert masked("In 2024 they went home", is_cut=True) == "In 2024 they went home"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 2**20 + "@", "secret" * 2**17 + " = 'x1", "password=" * 2**17, "eyJ" * 2**18, "pass: " + "a1-" * 2**18],
+    ids=["address", "word", "assignments", "web-token", "value"],
+)
+def test_long_runs_end(text: str) -> None:
+    """They took hours, not seconds, when each place of a run was a beginning."""
+    assert find_secrets(text) == []
+    assert find_emails(text) == []
+    assert find_emails(f"{'a' * 2**20} me@uni-x.de") == ["me@uni-x.de"]
+
+
 def test_the_whole_of_a_private_key_is_masked() -> None:
     key = "-----BEGIN RSA PRIVATE" + " KEY-----\nMIIBOgIBAAJB\nAKj34GkxFhD9\n-----END RSA PRIVATE KEY-----"
     hidden = masked(f"Here:\n{key}\nDone.")
@@ -114,6 +165,11 @@ def test_the_whole_of_a_private_key_is_masked() -> None:
         'password = "your_password1"',
         "password = os.environ['DB_PASSWORD_2']",
         'secret = "changeme123"',
+        "password=request.form, token = None, secret_key=settings.SECRET_KEY_2",
+        "password=form2.password1 and password = getpass1(2) and token=tokens1[3] and pwd=new_password1",
+        "api_key: str2bytes; API_KEY=MY_KEY_12; DB_PASSWORD=$PASS1234; API_KEY=<your key 1>; PASSWORD=${DB_PASS_1}",
+        "token: 0x1f3870be274f6c49b3e31a0c6728957f1f3870be",
+        "The password: 8-12 characters. The bearer of internationalisation2024 said so.",
         "https://user:password1@host/",
         "sha256 1f3870be274f6c49b3e31a0c6728957f1f3870be274f6c49b3e31a0c6728957f",
         "AKIAIOSFODNN7" + "EXAMPLE",  # of AWS's documentation

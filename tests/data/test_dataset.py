@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 from core.config import DataConfig
 from core.errors import UserError
 from data.batches import TokenRows
-from data.dataset import Prepared, load_data
+from data.dataset import Prepared, load_data, split_data, tokenize_data
+from data.keys import RowKeys
 from data.tokenize import Tokenizer
 from tests.data.conftest import MakeTokenizer
 
@@ -85,6 +87,21 @@ def test_near_copies_of_held_out_rows_are_not_trained_on(write: Write, tmp_path:
     write([{"prompt": question + ", tell me?", "completion": "7"}, *pairs(range(50, 55))], "set/valid.jsonl")
     assert answers(load(str(tmp_path / "set"), chatml).train, chatml) == [1, 2, 3, 4, 5]
     assert len(load(str(tmp_path / "set"), chatml, near_duplicates=None).train) == 6
+
+
+@pytest.mark.parametrize("validation", ["cut", "given"])
+def test_the_split_holds_no_keys_of_the_rows(write: Write, tmp_path: Path, chatml: Tokenizer, validation: str) -> None:
+    """A signature is half a kilobyte a row, in memory as soon as it is copied from the file of the tokenised rows."""
+    write(pairs(range(50)), "set/train.jsonl")
+    if validation == "given":
+        write(pairs(range(45, 60)), "set/valid.jsonl")
+    data = tokenize_data(DataConfig(path=str(tmp_path / "set")), chatml)
+    gc.collect()
+    before = sum(type(thing) is RowKeys for thing in gc.get_objects())
+    prepared = split_data(data, DataConfig(path=str(tmp_path / "set")), seed=0)
+    gc.collect()
+    assert sum(type(thing) is RowKeys for thing in gc.get_objects()) == before
+    assert len(prepared.train) + len(prepared.validation) >= 50
 
 
 def test_groups_on_both_sides_of_given_files_are_said(write: Write, tmp_path: Path, chatml: Tokenizer) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from data.formats import Example, parse_rows
+from data.formats import Example, survey, trimmed_findings
 from data.sources import BadRows, Row
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
@@ -16,8 +16,8 @@ SYSTEM = {"role": "system", "content": "Be brief"}
 def parse(*rows: dict[str, Any], skip: bool = False, **fields: str) -> tuple[list[Example], list[str], BadRows]:
     bad = BadRows(skip=skip)
     numbered = [Row(values, "data/rows.jsonl", number) for number, values in enumerate(rows, start=1)]
-    examples, findings = parse_rows({"train": numbered}, name="rows.jsonl", fields=fields, bad=bad)
-    return examples["train"], findings, bad
+    examples, num_trimmed = survey(numbered, name="rows.jsonl", fields=fields).parse(numbered, bad)
+    return examples, trimmed_findings(num_trimmed), bad
 
 
 def turns(example: Example) -> list[tuple[str, str]]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import near
-from data.formats import Example, Message, parse_rows
+from data.formats import Example, Message, survey
 from data.groups import first_with_same, join
 from data.keys import SignatureArray
 from data.near import PERMUTATIONS, clusters, compared_text, normalised, pieces, signatures
@@ -138,8 +140,8 @@ def test_our_template_makes_no_copies() -> None:
     ]
     rows.append({"premise": "A black dog runs along a beach", "hypothesis": "An animal runs", "label": 0})
     rows.append({"premise": "A black dog runs along a beach.", "hypothesis": "An animal runs.", "label": 2})
-    source = {"train": [Row(row, "a.jsonl", number) for number, row in enumerate(rows, start=1)]}
-    examples = parse_rows(source, name="a", fields={}, bad=BadRows(skip=False))[0]["train"]
+    source = [Row(row, "a.jsonl", number) for number, row in enumerate(rows, start=1)]
+    examples, _ = survey(source, name="a", fields={}).parse(source, BadRows(skip=False))
     asked = [example.messages[0].content for example in examples]
     assert jaccard(asked[0], asked[1]) > 0.7
     labels = clusters(signatures([compared_text(example) for example in examples]), threshold=0.7)
@@ -227,12 +229,54 @@ def test_few_minima_of_their_own_prove_nothing() -> None:
     assert clusters(signature, threshold=0.7).tolist() == [row // 2 * 2 for row in range(60)]
 
 
-def test_copies_of_few_rows_are_no_template() -> None:
-    """Five of each, in a data set so small that this is a tenth and more of it."""
+def family(draw: random.Random, num_copies: int, *, num_words: int = 40, share: float = 0.05) -> list[str]:
+    """A text and copies of it with that share of the words changed."""
+    text = sentence(draw, num_words)
+    changed = max(round(share * num_words), 1)
+    return [text] + [with_words_changed(text, draw, changed) for _ in range(num_copies - 1)]
+
+
+@pytest.mark.parametrize("share", [0.025, 0.05])
+@pytest.mark.parametrize(
+    ("num_families", "num_copies", "num_others"),
+    [(6, 5, 0), (1, 6, 50), (1, 6, 54), (1, 10, 90), (1, 12, 88), (5, 40, 0), (8, 25, 0), (12, 20, 0), (1, 150, 850)],
+)
+def test_copies_of_few_rows_are_no_template(num_families: int, num_copies: int, num_others: int, share: float) -> None:
+    """However large a part of the data set they are."""
     draw = random.Random(8)
-    texts = [sentence(draw, 30) for _ in range(6)]
-    rows = [with_words_changed(text, draw, 1) for text in texts for _ in range(5)]
-    assert clusters(signatures(rows), threshold=0.7).tolist() == [index // 5 * 5 for index in range(30)]
+    texts = [text for _ in range(num_families) for text in family(draw, num_copies, share=share)]
+    texts += [sentence(draw, 40) for _ in range(num_others)]
+    in_families = num_families * num_copies
+    expected = [index // num_copies * num_copies for index in range(in_families)]
+    assert clusters(signatures(texts), threshold=0.7).tolist() == expected + list(range(in_families, len(texts)))
+
+
+def test_copies_of_few_rows_after_an_instruction() -> None:
+    """The families are told apart, though each says a fifth of what all rows say, and they begin alike."""
+    draw = random.Random(9)
+    texts = [INSTRUCTION + text for _ in range(5) for text in family(draw, 40, num_words=20)]
+    assert clusters(signatures(texts), threshold=0.7).tolist() == [index // 40 * 40 for index in range(200)]
+
+
+@pytest.mark.parametrize("num_rows", [12, 60, 500])
+def test_a_template_with_little_of_its_own(num_rows: int) -> None:
+    """Rows that differ in a word at the end, or in one in the middle and one of three endings."""
+    draw = random.Random(10)
+    words = draw.sample(WORDS, num_rows)
+    labels = clusters(signatures([f"{INSTRUCTION}Say {word}." for word in words]), threshold=0.7)
+    assert len(np.unique(labels)) >= 0.95 * num_rows  # some words are alike: "Say sea", "Say seal"
+    endings = ["It is therefore at sea.", "It is therefore on land.", "That is not settled by the name."]
+    texts = [f"{INSTRUCTION[:90]} {word} {INSTRUCTION[90:]} {draw.choice(endings)}" for word in words]
+    assert len(np.unique(clusters(signatures(texts), threshold=0.7))) >= 0.95 * num_rows
+
+
+def test_the_shipped_template_makes_no_copies() -> None:
+    """Premise, hypothesis and label in the sample's template: without that left out, 242 units are left of 400."""
+    lines = (Path(__file__).parents[2] / "data/samples/nli.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    labels = clusters(signatures([f"{row['prompt']}\n{row['completion']}" for row in rows]), threshold=0.7)
+    assert len(np.unique(labels)) > 0.95 * len(rows)
+    assert np.unique(labels, return_counts=True)[1].max() == 2
 
 
 def test_the_same_text_is_one_cluster_however_often_it_comes() -> None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from core.config import DataConfig
 from core.errors import UserError
 from data import array_store, pipeline, workers
 from data.array_store import ArrayStore
-from data.dataset import TokenizedData, load_data, tokenize_data
+from data.dataset import TokenizedData, tokenize_data
 from data.formats import Example, Message
 from data.keys import RowKeys, positions, prompt_and_answer
 from data.sources import BadRows, FileRows, Row
@@ -198,6 +201,39 @@ def test_an_interrupt_ends_the_workers_without_a_word(tmp_path: Path) -> None:
     assert (process.returncode, out, err) == (0, "interrupted\n", "")
 
 
+def test_workers_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, time\n"
+        "from data import workers\n"
+        "if __name__ == '__main__':\n"
+        "    workers.num_cores = lambda: 2\n"
+        "    results = workers.in_order(time.sleep, (('a', 0.01) for _ in iter(int, 1)), parallel=True)\n"
+        "    next(results)\n"
+        "    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
+        "    list(results)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    with process.stdout:
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert pids
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_large_arrays_go_to_files_and_small_ones_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [{"ids": np.arange(n, dtype=np.int32), "signature": np.full((n, 3), n, np.uint32)} for n in (4, 0, 3, 5)]
     whole = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
@@ -241,6 +277,18 @@ def test_a_disk_that_fills_up_keeps_the_rows_in_memory(tmp_path: Path, monkeypat
     done = store.finish()
     assert done["a"].tolist() == [number for number in range(5) for _ in range(5)]
     assert done["b"].tolist() == [[number] * 2 for number in range(5) for _ in range(2)]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_removed_on_the_way_loses_no_rows_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(array_store, "SPILL_BYTES", 1)
+    store = ArrayStore(tmp_path / "scratch")
+    store.append({"a": np.arange(3)})
+    shutil.rmtree(tmp_path / "scratch")
+    with pytest.raises(UserError, match="can't be read again"):
+        store.append({"a": np.arange(3)})
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
@@ -250,7 +298,7 @@ def keys_of(write: Write, tokenizer: Tokenizer, some: list[dict[str, Any]], **ch
     """Of the rows as they were read: those that validate come from a file of their own."""
     folder = Path(write(some, "set/train.jsonl")).parent
     write([{**some[0], "prompt": "held out"}], "set/valid.jsonl")
-    return load_data(DataConfig(path=str(folder), **changes), tokenizer, seed=0).keys["train"]
+    return tokenize_data(DataConfig(path=str(folder), **changes), tokenizer).split("train").keys(seed=0)
 
 
 def test_keys_tell_rows_apart_by_what_they_are_for(write: Write, chatml: Tokenizer) -> None:
@@ -276,8 +324,8 @@ def test_keys_tell_rows_apart_by_what_they_are_for(write: Write, chatml: Tokeniz
     assert alike(keys.stratum) == [0, 0, 2, 0, 2]
     assert keys.signature is not None
     assert keys.signature.shape == (5, 128)
-    bare = keys_of(write, chatml, some, near_duplicates=None)
-    assert (bare.group, bare.stratum, bare.signature) == (None, None, None)
+    bare = keys_of(write, chatml, some)
+    assert (bare.group, bare.stratum) == (None, None)
     chosen = keys.select([3, 0])
     assert chosen.equal.tolist() == [keys.equal[3], keys.equal[0]]
     assert chosen.signature is not None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from data.formats import parse_rows
+from data.formats import survey
 from data.prepare.chat import make_kind
 from data.prepare.common import Record, write_prepared
 from data.sources import BadRows, Row
@@ -198,11 +198,10 @@ def test_turns_are_tidied(tmp_path: Path, turns: list[str], expected: list[str])
     rows, _ = prepare(write(tmp_path / "a.json", chat(*turns)))
     assert spoken(rows) == [expected]
     # and the data pipeline takes them as they are
-    parsed, findings = parse_rows(
-        {"train": [Row(rows[0], "a", 1)]}, name="a", fields={}, bad=BadRows(skip=False), group="conversation"
-    )
-    assert [f"{turn.role[0]}: {turn.content}" for turn in parsed["train"][0].messages] == expected
-    assert findings == []
+    given = [Row(rows[0], "a", 1)]
+    (parsed,), num_trimmed = survey(given, name="a", fields={}, group="conversation").parse(given, BadRows(skip=False))
+    assert [f"{turn.role[0]}: {turn.content}" for turn in parsed.messages] == expected
+    assert num_trimmed == 0
 
 
 def test_windows_of_turns(tmp_path: Path) -> None:

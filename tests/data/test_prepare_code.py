@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from core.errors import UserError
+from data import workers
 from data.prepare import code
 from data.prepare.code import make_kind
 from data.prepare.common import Record, write_prepared
@@ -274,20 +277,39 @@ def test_only_whole_statements_are_cut_out(tmp_path: Path) -> None:
     }
 
 
-def test_the_same_bytes_twice_and_in_worker_processes(tmp_path: Path) -> None:
-    """Enough files for the workers to be started, with duplicates across them."""
-    files = {f"pkg{n % 7}/m{n}.py": f"def f{n % 150}(a):\n    return a + {n % 150} * a\n" for n in range(200)}
-    source = write(tmp_path / "source", files)
+MANY = {f"pkg{n % 7}/m{n}.py": f"def f{n % 150}(a):\n    return a + {n % 150} * a\n" for n in range(200)}
+"""Enough files for the workers to be started, with duplicates across them."""
+
+
+def test_the_same_bytes_twice_and_in_worker_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "source", MANY)
     outputs = []
-    for number, workers in enumerate((1, 1, 2)):
+    for number, num_cores in enumerate((1, 1, 2)):
+        monkeypatch.setattr(workers, "num_cores", lambda num=num_cores: num)
         record = Record()
-        kind = make_kind({**OPTIONS, "workers": workers})
+        kind = make_kind(OPTIONS)
         output = tmp_path / f"out{number}"
         manifest = write_prepared(kind.samples(source, record), output, kind=kind, record=record)
         assert manifest.num_rows == 150
         assert manifest.left_out["exact duplicates"]["number"] == 250
         outputs.append([(output / name).read_bytes() for name in ("rows.jsonl", "manifest.json")])
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_a_worker_that_dies_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "source", MANY)
+    monkeypatch.setattr(workers, "num_cores", lambda: 2)
+    monkeypatch.setattr(code, "_read_batch", _end)
+    record = Record()
+    with pytest.raises(UserError, match="worker process that prepares the data ended unexpectedly"):
+        write_prepared(
+            make_kind(OPTIONS).samples(source, record), tmp_path / "out", kind=make_kind(OPTIONS), record=record
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def _end(files: object, settings: object) -> None:
+    os._exit(1)
 
 
 def test_the_manifest_names_sources_settings_and_grammars(repository: Path, tmp_path: Path) -> None:

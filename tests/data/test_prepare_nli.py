@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from data.formats import parse_rows
+from data.formats import survey
 from data.prepare.common import Record, write_prepared
 from data.prepare.nli import make_kind
 from data.sources import BadRows, Row
@@ -36,10 +36,10 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def test_prompt_and_answer_are_those_of_training_on_the_table(tmp_path: Path) -> None:
     rows, left_out = prepare(write_jsonl(tmp_path / "a.jsonl", ROWS))
-    given = {"train": [Row(row, "a.jsonl", number) for number, row in enumerate(ROWS, start=1)]}
-    examples, _ = parse_rows(given, name="a", fields={}, bad=BadRows(skip=False))
+    given = [Row(row, "a.jsonl", number) for number, row in enumerate(ROWS, start=1)]
+    examples, _ = survey(given, name="a", fields={}).parse(given, BadRows(skip=False))
     assert [[row["prompt"], row["completion"]] for row in rows] == [
-        [turn.content for turn in example.messages] for example in examples["train"]
+        [turn.content for turn in example.messages] for example in examples
     ]
     assert rows[0]["prompt"] == (
         "Does the premise entail the hypothesis, contradict it, or neither?\n\n"

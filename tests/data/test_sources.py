@@ -78,6 +78,20 @@ def test_parquet_keeps_text_nulls_and_nested_messages(tmp_path: Path) -> None:
     assert source.splits["train"][1].place.endswith("a.parquet, row 2")
 
 
+def test_csv_with_semicolons(tmp_path: Path) -> None:
+    """As Excel writes it where the comma is for decimals; a file with commas in its head stays one with commas."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b'\xef\xbb\xbfprompt;completion\r\nHow, then?;0,5\r\n"Here; there";x\r\n')
+    rows = list(open_source(str(path)).read(BadRows(skip=False)))
+    assert [dict(row.values) for row in rows] == [
+        {"prompt": "How, then?", "completion": "0,5"},
+        {"prompt": "Here; there", "completion": "x"},
+    ]
+    path.write_text("prompt,completion;b\nHow?,so;so\n")
+    rows = list(open_source(str(path)).read(BadRows(skip=False)))
+    assert [dict(row.values) for row in rows] == [{"prompt": "How?", "completion;b": "so;so"}]
+
+
 def test_long_csv_cell(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("text\n" + "x" * 200_000 + "\n")
     assert len(values(read(tmp_path / "a.csv"))[0]["text"]) == 200_000

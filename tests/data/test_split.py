@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -110,6 +112,54 @@ def test_added_rows_move_no_others(values: list[int], added: list[int], seed: in
     assume(fewest > 1 and (not test or len({values[row] for row in before.test}) > 1))  # no side was filled up
     moved = [row for row, side in sides(before).items() if sides(after)[row] != side]
     assert moved == []
+
+
+COPIES = 10
+"""Near copies of a text that `near_text` makes."""
+
+
+def near_text(value: int) -> str:
+    """Texts `COPIES * k` and the next of these are near copies of one another; others have nothing in common."""
+    number, copy = divmod(value, COPIES)
+    draw = random.Random(number)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=3 + place % 5)) for place in range(40)]
+    draw = random.Random(value)
+    for place in draw.sample(range(40), min(copy, 1)):
+        words[place] = "".join(draw.choices(string.ascii_lowercase, k=5))
+    return " ".join(words)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.integers(0, 12 * COPIES - 1), min_size=20, max_size=120),
+    st.lists(st.integers(0, 20 * COPIES - 1), min_size=1, max_size=60),
+    SEEDS,
+)
+def test_added_rows_move_no_others_but_their_near_copies(values: list[int], added: list[int], seed: int) -> None:
+    """Whether a family of copies is more than a tenth of the rows or not."""
+    families = [value // COPIES for value in values]
+    assume(2 * max(Counter(families).values()) <= len(values))
+    assume(2 * max(Counter(families + [value // COPIES for value in added]).values()) <= len(values + added))
+    more: dict[str, Any] = {"validation": 0.4, "seed": seed, "near_duplicates": 0.7}
+    texts = [near_text(value) for value in values + added]
+    before, after = (
+        sides(cut(values, texts=texts[: len(values)], **more)),
+        sides(cut(values + added, texts=texts, **more)),
+    )
+    held_out = [{families[row] for row, side in before.items() if side == name} for name in ("train", "validation")]
+    assume(min(map(len, held_out)) > 1)  # no side was filled up
+    assert not held_out[0] & held_out[1]
+    joined = {value // COPIES for value in added}
+    moved = [row for row, side in before.items() if after[row] != side and families[row] not in joined]
+    assert moved == []
+
+
+def test_copies_are_one_unit_whatever_their_share() -> None:
+    """Six of 56 rows, of 60, and of 600."""
+    for num_others in (50, 54, 594):
+        values = [*range(6), *range(COPIES, COPIES * (num_others + 1), COPIES)]
+        units = unit_of_rows(keys_of(values, texts=[near_text(value) for value in values]), near_duplicates=0.7)
+        assert units.tolist() == [0] * 6 + list(range(6, 6 + num_others))
 
 
 @settings(deadline=None, max_examples=200)

@@ -18,7 +18,7 @@ import core.workflow.job as job
 from core.architecture import read_architecture
 from core.config import DataConfig, RunConfig
 from core.models import ResolvedModel
-from data import token_cache
+from data import array_store, pipeline, token_cache
 from data.batches import TokenRows
 from data.dataset import SPLITS, Prepared, TokenizedData, split_data, tokenize_data
 from data.keys import RowKeys
@@ -49,7 +49,8 @@ class Maker:
         self.config = config
         self.tokenizer = tokenizer
         self.num_calls = 0
-        self.prepared = self.split(tokenize_data(config, tokenizer))
+        self.made = tokenize_data(config, tokenizer)
+        self.prepared = self.split(self.made)
 
     def __call__(self, folder: Path | None) -> TokenizedData:
         self.num_calls += 1
@@ -69,12 +70,13 @@ def make(write: Write, tmp_path: Path, chatml: Tokenizer) -> Maker:
 
 
 def test_the_same_rows_come_back(make: Maker, tmp_path: Path) -> None:
-    first, second = (make.split(cached_rows(tmp_path / "tokens", KEY, make, worth_seconds=0)) for _ in range(2))
+    made, kept = (cached_rows(tmp_path / "tokens", KEY, make, worth_seconds=0) for _ in range(2))
     assert make.num_calls == 1
+    first, second = make.split(made), make.split(kept)
     for split in SPLITS:
         assert same(getattr(first, split), getattr(second, split))
         for key in dataclasses.fields(RowKeys):
-            one, other = (getattr(prepared.keys[split], key.name) for prepared in (first, second))
+            one, other = (getattr(data.split(split).keys(seed=0), key.name) for data in (made, kept))
             assert one.dtype == other.dtype
             assert np.array_equal(one, other)
         assert first.inspections[split].to_json() == second.inspections[split].to_json()
@@ -135,6 +137,34 @@ def test_a_place_that_cannot_be_written_to_is_no_failure(make: Maker, tmp_path: 
     assert same(make.split(found).train, make.prepared.train)
 
 
+@pytest.mark.parametrize("name", ["train-digest.bin", "train-ids.bin"])
+def test_rows_of_a_disk_that_fills_up_are_kept_whole(
+    make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The disk is full while rows are made, and has room again when they are kept."""
+    monkeypatch.setattr(array_store, "SPILL_BYTES", 1)
+    monkeypatch.setattr(pipeline, "CHUNK_ROWS", 8)
+    real_open, num_opened = open, 0
+
+    def full(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        nonlocal num_opened
+        if mode == "ab" and Path(path).name == name:
+            num_opened += 1
+            if num_opened == 2:
+                with real_open(path, "ab") as file:
+                    file.write(b"a piece, not all")
+                raise OSError(28, "No space left on device")
+        return real_open(path, mode, *args, **options)
+
+    monkeypatch.setattr("builtins.open", full)
+    made, kept = (cached_rows(tmp_path / "tokens", KEY, make, worth_seconds=0) for _ in range(2))
+    assert (make.num_calls, num_opened) == (1, 2)
+    for data in (made, kept):
+        assert data.arrays.keys() == make.made.arrays.keys()
+        for column, array in make.made.arrays.items():
+            assert np.array_equal(data.arrays[column], array), column
+
+
 def test_the_key_follows_everything_that_decides_the_rows(write: Write, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -149,12 +179,11 @@ def test_the_key_follows_everything_that_decides_the_rows(write: Write, tmp_path
     (folder / "model.safetensors").write_bytes(b"weights")
     assert key() == first
     # what only splits them is decided each time
-    for setting in ({"validation": 0.3}, {"test": 0.1}, {"folds": 5, "fold": 2}, {"near_duplicates": 0.9}):
+    for setting in ({"validation": 0.3}, {"test": 0.1}, {"folds": 5, "fold": 2}, {"near_duplicates": None}):
         assert key(**setting) == first
     others = [
         key(max_tokens=100),
         key(train_on="all"),
-        key(near_duplicates=None),  # no signatures
         key(group="prompt"),
         key(stratify="prompt"),
         key(skip_bad=True),

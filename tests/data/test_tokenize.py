@@ -59,7 +59,7 @@ def run(
 ) -> tuple[Tokenized, list[str]]:
     renderer = Renderer(tokenizer)
     done = tokenize_examples(examples, renderer, max_tokens=max_tokens, train_on=train_on)
-    return done, renderer.findings()
+    return done, [line.text for line in renderer.findings()]
 
 
 def marked(tokenizer: Tokenizer, done: Tokenized) -> str:

@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.trainer import StepSource
 from data.dataset import load_data
 from data.tokenize import Tokenizer
-from data.training import RunData
+from data.training import RunData, all_to_train
 
 Write = Callable[..., str]
 MakeData = Callable[..., RunData]
@@ -93,3 +93,18 @@ def test_padding_is_what_the_batches_have(make_data: MakeData) -> None:
 def test_a_batch_larger_than_the_data_is_refused(make_data: MakeData) -> None:
     with pytest.raises(UserError, match=r"train\.batch_size 64 is more than the 38 training rows"):
         make_data(batch_size=64)
+
+
+def test_the_run_after_the_folds_trains_on_all_rows(write: Write, chatml: Tokenizer) -> None:
+    rows = [{"prompt": f"How much is {number} + 1?", "completion": f"{number + 1}"} for number in range(30)]
+    settings = {"path": write(rows), "folds": 3, "fold": 2, "validation": 0.0}
+    config = RunConfig.model_validate({"data": settings, "train": {"batch_size": 4}})
+    prepared = load_data(config.data, chatml, seed=0)
+    assert len(prepared.validation) > 0
+    whole = all_to_train(prepared)
+    assert [*whole.train.origin] == [*prepared.train.origin, *prepared.validation.origin]
+    assert (len(whole.train), len(whole.validation)) == (30, 0)
+    assert whole.fingerprint != prepared.fingerprint
+    data = RunData(prepared, config)
+    assert (data.num_train_rows, data.num_val_rows, data.fingerprint) == (30, 0, whole.fingerprint)
+    assert sorted(row for batch in data.epoch(0) for row in batch.row_ids) == list(range(30))
