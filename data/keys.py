@@ -38,7 +38,7 @@ class RowKeys:
     stratum: HashArray | None = None
     """uint64 [N]: hash of `Example.stratum`, where `data.stratify` is set; rows without a value are one stratum."""
     signature: SignatureArray | None = None
-    """uint32 [N, 128]: MinHash of the text; None where nobody asks for it any more."""
+    """uint32 [N, 128]: MinHash of the text; None where near copies do not matter."""
 
     def __len__(self) -> int:
         return len(self.position)
