@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from data.keys import HashArray, RowKeys, positions
 from data.lines import Line
 from data.pipeline import ChunkSettings, convert_source, findings
 from data.sources import SKIP_HINT, BadRows, Row, Source, count, open_source
-from data.split import cut_rows, overlap
+from data.split import Cut, cut_rows, overlap
 from data.token_rows import Origins, TokenRows
 from data.tokenize import Renderer, Tokenizer
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from data.check.inspection import Inspection
 
 SPLITS = ("train", "validation", "test")
+_UNEVEN = 0.5
+"""A split is uneven when its share of the rows is this far from the one asked for, relative to it; below
+`_UNEVEN_ROWS` rows chance alone does that."""
+_UNEVEN_ROWS = 40
 _FORMAT = 3
 """Raise it when the same rows give other batches: a run from before is then refused, not continued on other ones."""
 
@@ -190,6 +194,8 @@ def split_data(data: TokenizedData, config: DataConfig, *, seed: int) -> Prepare
         folds=config.folds,
         fold=config.fold,
     )
+    if config.folds is None and config.group is not None:
+        found += _uneven(cut, parts, config)
     # without keys, whose signatures are half a kilobyte a row once they are copied from their file
     sides = {side: parts[side].side() if side in parts else train.side(getattr(cut, side)) for side in SPLITS}
     return Prepared(
@@ -202,6 +208,20 @@ def split_data(data: TokenizedData, config: DataConfig, *, seed: int) -> Prepare
         fingerprint=_fingerprint(sides, config),
         name=data.name,
     )
+
+
+def _uneven(cut: Cut, given: Collection[str], config: DataConfig) -> Iterator[Line]:
+    """Sides that are far from the share that was asked for, as whole groups make them."""
+    total = len(cut.train) + len(cut.validation) + len(cut.test)
+    for side, ratio in (("validation", config.validation), ("test", config.test)):
+        num, share = len(getattr(cut, side)), len(getattr(cut, side)) / total
+        if side not in given and ratio and abs(share - ratio) > _UNEVEN * ratio and total >= _UNEVEN_ROWS:
+            yield Line(
+                "uneven-split",
+                f"{num} of {total:,} rows ({share:.0%}) are held out for {side}, and data.{side} is {ratio:g}: "
+                "a group's rows stay together",
+                num,
+            )
 
 
 @dataclass(frozen=True)

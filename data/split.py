@@ -80,7 +80,7 @@ def cut_rows(
         raise _too_few(keys, len(units), len(needed), asked + (f" and data.test {test:g}" if test else ""))
     assign = _by_place if units.stratum is None else _by_stratum
     side = assign(units, ratios, folds)
-    _fill_empty(side, units.place, needed)
+    _fill_empty(side, units, needed)
     row_side = side[units.of_row]
     held_out = row_side == (fold if folds else _VALIDATION)
     return Cut(
@@ -241,14 +241,18 @@ def _deal(sizes: IntArray, folds: int) -> IntArray:
     return middles * folds // (2 * int(sizes.sum()))
 
 
-def _fill_empty(side: IntArray, place: HashArray, needed: Sequence[int]) -> None:
-    """Gives each side that is empty a unit of the side with the most units, in place."""
+def _fill_empty(side: IntArray, units: _Units, needed: Sequence[int]) -> None:
+    """Gives each side that is empty a unit of the side with the most units, not one with most of the rows, in place."""
+    is_large = 2 * units.sizes > units.sizes.sum()
     for name in needed:
         if (side == name).any():
             continue
         largest = max(needed, key=lambda other: np.count_nonzero(side == other))
         givers = np.flatnonzero(side == largest)
-        nearest = np.argmax(place[givers]) if name == _TEST else np.argmin(place[givers])
+        if len(givers) > 1:
+            givers = givers[~is_large[givers]]
+        place = units.place[givers]
+        nearest = np.argmax(place) if name == _TEST else np.argmin(place)
         side[givers[nearest]] = name
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from core.settings import Settings
 from core.workflow.data_screen import print_legend, print_report, print_row
 from core.workflow.job import changed, find_data, find_model, tokenise
 from data.check.collect import ReadRows, check_rows, read_rows
-from data.check.page import MAX_PIECES, ShownRow, make_page
+from data.check.page import HEAD_LENGTH, MAX_PIECES, ShownRow, is_page, make_page
 from data.check.pieces import pieces
 from data.check.report import Report, stops
 from data.dataset import TokenizedData
@@ -72,8 +72,17 @@ def check(settings: Settings, *, as_json: bool, page: Path | None, console: Cons
     Raises:
         UserError: the data has no row that can be read, or there is no such model.
     """
+    if page is not None:
+        _refuse_other_file(page)
     with nullcontext() if as_json else logging_to(console):
         loaded = _load(settings.config)
+        positions = read_architecture(loaded.model.path).max_positions
+        if positions and loaded.config.data.max_tokens > positions:
+            _log.warning(
+                "data.max_tokens %d is more than the %d positions this model was made for",
+                loaded.config.data.max_tokens,
+                positions,
+            )
         rows = read_rows(loaded.config, loaded.tokenise)
         report = check_rows(rows, loaded.config, num_parameters=num_adapter_parameters(loaded))
         if page is not None:
@@ -176,6 +185,16 @@ def _cut(loaded: _Loaded, ids: TokenArray, lost: str) -> str:
     if len(ids) < max_tokens or ids[-1] == loaded.tokenizer.eos_token_id:
         return ""
     return f"cut off here, at data.max_tokens {max_tokens}" + (f": {lost}" if lost else "")
+
+
+def _refuse_other_file(page: Path) -> None:
+    """Raises: UserError: there is a file that is no page of ours, such as the data itself."""
+    if not page.exists():
+        return
+    with suppress(OSError), open(page, encoding="utf-8", errors="replace") as file:
+        if is_page(file.read(HEAD_LENGTH)):
+            return
+    raise UserError(f"--page: {page} exists and is no page of this check", hint="give another file")
 
 
 def _write_page(path: Path, report: Report, there: ReadRows, loaded: _Loaded) -> None:

@@ -276,6 +276,9 @@ _LINE_KINDS: Mapping[str, _LineKind] = {
     "held-out-twice": _LineKind("warning", "give the validation and the test file different rows"),
     "groups-across": _LineKind("warning", "give the files different groups, or one file and data.validation"),
     "stratify-unused": _LineKind("note", ""),
+    "uneven-split": _LineKind(
+        "note", "try another train.seed, or --folds 5; data.stratify evens out a column's values"
+    ),
     "no-template": _LineKind("note", "use an instruct model if the rows are conversations"),
     "last-question": _LineKind("note", "add the answers"),
 }

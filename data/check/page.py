@@ -33,6 +33,16 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 """Nothing is loaded from anywhere."""
 
 
+HEAD_LENGTH = 200
+"""Characters of a file in which `is_page` finds what it looks for."""
+_MARK = '<meta name="generator" content="twinkeel data check">'
+
+
+def is_page(head: str) -> bool:
+    """Whether a file that begins so was written by `make_page`."""
+    return _MARK in head
+
+
 def make_page(report: Report, rows: Iterable[ShownRow], *, total_rows: int) -> str:
     """The whole page. `total_rows`: rows of the data set, of which `rows` are some."""
     shown = list(rows)
@@ -41,6 +51,7 @@ def make_page(report: Report, rows: Iterable[ShownRow], *, total_rows: int) -> s
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{_MARK}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <title>{name} · data check</title>

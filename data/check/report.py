@@ -150,7 +150,8 @@ def expect(facts: Facts, config: RunConfig) -> Iterator[str]:
             )
     if 0 < validation.rows < _FEW_VALIDATION:
         rows = f"{validation.rows} validation row{'' if validation.rows == 1 else 's'}"
-        yield f"{rows}: much of one split's gap is luck. `train --folds 5` measures it on five."
+        folds = "" if validation.is_given else " `train --folds 5` measures it on five."
+        yield f"{rows}: much of one split's gap is luck.{folds}"
 
 
 def _amount(ratio: float) -> str:

@@ -71,7 +71,8 @@ def test_findings_are_named_by_file_and_line(run_cli: RunCli, model: Path, fault
 def test_it_fits_a_narrow_terminal(run_cli: RunCli, model: Path, faulty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    done = run_cli("data", "check", "--model", model, "--data", faulty, "--max-tokens", 512)
+    monkeypatch.chdir(faulty.parent)  # a long path can't be broken
+    done = run_cli("data", "check", "--model", model, "--data", faulty.name, "--max-tokens", 512)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.out)
     findings = plain[plain.index("1 problem") : plain.index("next ")]
     assert max(map(len, findings.splitlines())) <= 80
@@ -134,6 +135,16 @@ def test_a_page_of_facts_findings_and_rows(run_cli: RunCli, model: Path, faulty:
     assert 50 <= len(shown) <= 54
     assert re.search(r"href='#(train|validation)-\d+'>faulty\.jsonl:31<", text)
     assert "✂ cut off here, at data.max_tokens 512: " in text
+
+
+def test_a_page_replaces_a_page_and_no_other_file(run_cli: RunCli, model: Path, clean: Path, tmp_path: Path) -> None:
+    before = clean.read_bytes()
+    done = run_cli("data", "check", "--model", model, "--data", clean, "--page", clean)
+    assert (done.code, clean.read_bytes()) == (2, before)
+    assert "exists and is no page of this check" in done.err
+    page = tmp_path / "page.html"
+    for _ in range(2):
+        assert run_cli("data", "check", "--model", model, "--data", clean, "--page", page).code == 0
 
 
 def test_a_page_that_cant_be_written(run_cli: RunCli, model: Path, clean: Path, tmp_path: Path) -> None:

@@ -222,3 +222,15 @@ assert not any(name.startswith("backends") for name in sys.modules)
     environment = os.environ | {"PYTHONPATH": str(root)}
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_split_far_from_the_share_asked_for_is_said(write: Write, chatml: Tokenizer) -> None:
+    """One of two groups has most of the rows; wherever it goes, validation is far from a fifth."""
+    rows = [row | {"ward": "large" if index < 55 else str(index)} for index, row in enumerate(pairs(range(60)))]
+    path = write(rows, "rows.jsonl")
+    prepared = load(path, chatml, group="ward", near_duplicates=None)
+    num = len(prepared.validation)
+    assert num <= 5  # the large group is more than half, and trains
+    (line,) = prepared.findings
+    assert line.startswith(f"{num} of 60 rows ({num / 60:.0%}) are held out for validation, and data.validation is 0.2")
+    assert load(path, chatml, near_duplicates=None).findings == ()

@@ -155,11 +155,11 @@ def test_added_rows_move_no_others_but_their_near_copies(values: list[int], adde
 
 
 def test_copies_are_one_unit_whatever_their_share() -> None:
-    """Six of 56 rows, of 60, and of 600."""
-    for num_others in (50, 54, 594):
-        values = [*range(6), *range(COPIES, COPIES * (num_others + 1), COPIES)]
+    """Ten of 30 rows, of 60, of 100 and of 300."""
+    for num_others in (20, 50, 90, 290):
+        values = [*range(COPIES), *range(COPIES, COPIES * (num_others + 1), COPIES)]
         units = unit_of_rows(keys_of(values, texts=[near_text(value) for value in values]), near_duplicates=0.7)
-        assert units.tolist() == [0] * 6 + list(range(6, 6 + num_others))
+        assert units.tolist() == [0] * COPIES + list(range(COPIES, COPIES + num_others))
 
 
 @settings(deadline=None, max_examples=200)
