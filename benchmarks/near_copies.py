@@ -1,18 +1,18 @@
 """What near copies across a split do to the verdict, and what keeping them on one side does about it.
 
-    python benchmarks/near_copies.py [--model PATH] [--shares 0.1 0.3] [--seeds 8] [--backend cuda] [--device cpu]
+    python benchmarks/near_copies.py [--model PATH] [--shares 0.1] [--seeds 8] [--backend cuda] [--device cpu]
 
 A third of the shipped expert questions is set aside, never trained on and never validated with: the clean rows. Of the
 others, so many are written once more, with one word in twenty exchanged, that copies are the given share of the rows.
 Each data set is split twice with the same seed, `data.near_duplicates=null` (naive) and as it is by default (ours), and
-trained with the same settings. Rate and epochs are chosen so that the gap to the clean rows lies a little above a
-bound of the grades, 0.30: far from the bounds, copies change the gap but no grade.
+trained with the same settings. Rate and epochs are chosen so that the gap lies near a bound of the grades, 0.30: far
+from the bounds, copies change the gap but no grade.
 
-Printed for each split: the mean gap over the seeds with its grade, and how many runs got which grade; the same for the
-gap as it is, with the clean rows in place of the validation rows, at the same weights; and by how much more than that
-of the clean rows the validation rows' loss fell in training, with its standard error. That is nothing where validation
-is honest, and is the surer measure, since it does not depend on which rows are hard. Leaves
-benchmarks/results/near_copies.json.
+Printed for each split are the gap and its grade, as the run says them, and the gap as it is with its grade: what the
+gap would be if the validation rows' loss had fallen in training by as much as that of the clean rows, at the same
+weights. Which rows are hard by chance is so in both. How much the first lies below the second is how much the run is
+flattered: nothing, within its standard error, where the split is honest. Gaps are means over the seeds, and grades are
+counted. Leaves benchmarks/results/near_copies.json.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def train_on(settings: Sequence[str], folder: Path, *, clean_base_loss: float) -
         assert code == 0, f"the run ended with {code}"
         summary = json.loads(Path(run, "run/training_summary.json").read_text())
         clean_loss = validation_loss([*clean_data(settings, folder), f"lora.init_adapter={run}/run"])
-    clean_gap = clean_loss - summary["best_val_loss"] + summary["gap"]
+    fell, clean_fell = summary["base_val_loss"] - summary["best_val_loss"], clean_base_loss - clean_loss
+    honest_gap = summary["gap"] + fell - clean_fell
     return {
         **{
             key: summary[key] for key in ("gap", "gap_low", "gap_high", "grade", "steps", "best_step", "num_train_rows")
@@ -116,8 +117,8 @@ def train_on(settings: Sequence[str], folder: Path, *, clean_base_loss: float) -
         "loss": summary["best_val_loss"],
         "clean_base_loss": clean_base_loss,
         "clean_loss": clean_loss,
-        "clean_gap": clean_gap,
-        "clean_grade": grade_of(clean_gap, GuardConfig().grades),
+        "honest_gap": honest_gap,
+        "honest_grade": grade_of(honest_gap, GuardConfig().grades),
     }
 
 
@@ -159,25 +160,22 @@ def measure(model: str, backend: str, device: str, *, share: float, seed: int) -
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 HEAD = (
-    "| split | gap | grade | runs' grades | gap to clean rows | grade | runs' grades | fell by more than clean rows |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| split | gap | grade | runs' grades | gap as it is | grade | runs' grades | flattered by |\n|---"
+    + "|---" * 7
+    + "|"
 )
 
 
 def means(turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds. `flattered` is by how much more the validation loss fell than that of the clean rows."""
-    flattered = [(turn["base_loss"] - turn["loss"]) - (turn["clean_base_loss"] - turn["clean_loss"]) for turn in turns]
+    """Means over the seeds, their grades, and how many runs got which grade."""
+    flattered = [turn["honest_gap"] - turn["gap"] for turn in turns]
     spread = statistics.stdev(flattered) / len(flattered) ** 0.5 if len(flattered) > 1 else float("nan")
-    gaps = {key: statistics.fmean(turn[key] for turn in turns) for key in ("gap", "clean_gap")}
-    return {
-        **gaps,
-        "grade": grade_of(gaps["gap"], GuardConfig().grades),
-        "clean_grade": grade_of(gaps["clean_gap"], GuardConfig().grades),
-        "grades": dict(Counter(str(turn["grade"]) for turn in turns)),
-        "clean_grades": dict(Counter(str(turn["clean_grade"]) for turn in turns)),
-        "flattered": statistics.fmean(flattered),
-        "flattered_standard_error": spread,
-    }
+    found: dict[str, Any] = {"flattered": statistics.fmean(flattered), "flattered_standard_error": spread}
+    for gap, grade in (("gap", "grade"), ("honest_gap", "honest_grade")):
+        found[gap] = statistics.fmean(turn[gap] for turn in turns)
+        found[grade] = grade_of(found[gap], GuardConfig().grades)
+        found[f"{grade}s"] = dict(Counter(str(turn[grade]) for turn in turns))
+    return found
 
 
 def row_of(split: str, turns: Sequence[Mapping[str, Any]]) -> str:
@@ -185,7 +183,7 @@ def row_of(split: str, turns: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         split,
         *(f"{mean['gap']:.3f}", mean["grade"], _counts(mean["grades"])),
-        *(f"{mean['clean_gap']:.3f}", mean["clean_grade"], _counts(mean["clean_grades"])),
+        *(f"{mean['honest_gap']:.3f}", mean["honest_grade"], _counts(mean["honest_grades"])),
         f"{mean['flattered']:z.3f} ± {mean['flattered_standard_error']:.3f}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -200,19 +198,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="auto", help="default: the tool's quickstart model")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.3], help="of copies among the rows")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1], help="of copies among the rows")
     parser.add_argument("--seeds", type=int, default=8)
     args = parser.parse_args(arguments)
     results: dict[str, Any] = {}
+    about = facts(args.backend, args.device, script="near_copies.py", arguments=arguments)
     for share in args.shares:
         seeds = [measure(args.model, args.backend, args.device, share=share, seed=seed) for seed in range(args.seeds)]
         turns = {split: [one[split] for one in seeds] for split in SPLITS}
         results[f"{share:g}"] = {split: {"means": means(some), "turns": some} for split, some in turns.items()}
         print(f"\n{share:.0%} of the rows are near copies\n{HEAD}")
         print("\n".join(row_of(split, some) for split, some in turns.items()), flush=True)
-    about = facts(args.backend, args.device, script="near_copies.py", arguments=arguments)
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps({**about, "settings": SETTINGS, "results": results}, indent=1) + "\n")
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        RESULT.write_text(json.dumps({**about, "settings": SETTINGS, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,9 +26,12 @@ Mark = Literal["ok", "note", "missing"]
 
 PYTHON = (3, 11)
 BASE_PACKAGES = {
+    "beautifulsoup4": "4.13",
     "datasets": "4.0",
+    "detect-secrets": "1.5",
     "gguf": "0.17",
     "huggingface-hub": "1.0",
+    "markdown-it-py": "3.0",
     "matplotlib": "3.9",
     "numpy": "2.0",
     "pandas": "2.2",
@@ -36,11 +39,23 @@ BASE_PACKAGES = {
     "psutil": "6.0",
     "pyarrow": "17",
     "pydantic": "2.8",
+    "pylatexenc": "2.10",
+    "pypdf": "6.0",
     "pyyaml": "6.0",
+    "rensa": "0.5",
     "rich": "14",
     "safetensors": "0.5",
     "tokenizers": "0.22",
     "transformers": "5.17",
+    "tree-sitter": "0.25",
+    "tree-sitter-c": "0.24",
+    "tree-sitter-cpp": "0.23",
+    "tree-sitter-go": "0.25",
+    "tree-sitter-java": "0.23",
+    "tree-sitter-javascript": "0.25",
+    "tree-sitter-python": "0.25",
+    "tree-sitter-rust": "0.24",
+    "tree-sitter-typescript": "0.23",
     "xxhash": "3.4",
 }
 """Lowest versions, as in pyproject.toml (a test compares the two)."""

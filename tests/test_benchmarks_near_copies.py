@@ -40,17 +40,13 @@ def test_copies_are_near_and_clean_rows_have_none(share: float, num_copies: int)
 
 
 def test_means_are_over_the_seeds() -> None:
-    one = {"base_loss": 4.0, "loss": 2.0, "clean_base_loss": 4.2, "clean_loss": 2.4, "gap": 0.1, "grade": "GOOD"}
-    other = {"base_loss": 4.0, "loss": 2.4, "clean_base_loss": 4.2, "clean_loss": 2.6, "gap": 0.4, "grade": "CRITICAL"}
-    one |= {"clean_gap": 0.5, "clean_grade": "CRITICAL"}
-    other |= {"clean_gap": 0.6, "clean_grade": "CRITICAL"}
+    one = {"gap": 0.1, "grade": "GOOD", "honest_gap": 0.5, "honest_grade": "CRITICAL"}
+    other = {"gap": 0.4, "grade": "CRITICAL", "honest_gap": 0.6, "honest_grade": "CRITICAL"}
     found = means([other, one])
     assert found["gap"] == pytest.approx(0.25)
     assert found["grade"] == "MODERATE"  # of the mean: 0.25 is below 0.30
-    assert found["clean_gap"] == pytest.approx(0.55)
-    assert found["clean_grade"] == "CRITICAL"
-    assert found["flattered"] == pytest.approx(0.1)  # 0.2 and 0.0
+    assert found["flattered"] == pytest.approx(0.3)  # 0.4 and 0.2
     assert found["flattered_standard_error"] == pytest.approx(math.sqrt(0.02) / math.sqrt(2))
     assert row_of("naive", [other, one]) == (
-        "| naive | 0.250 | MODERATE | 1 GOOD, 1 CRITICAL | 0.550 | CRITICAL | 2 CRITICAL | 0.100 ± 0.100 |"
+        "| naive | 0.250 | MODERATE | 1 GOOD, 1 CRITICAL | 0.550 | CRITICAL | 2 CRITICAL | 0.300 ± 0.100 |"
     )

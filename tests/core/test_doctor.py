@@ -131,22 +131,22 @@ def test_keys_are_present_or_not_and_never_shown(monkeypatch: pytest.MonkeyPatch
     none = items(doctor.diagnose([], hub=True), "hub and keys")
     assert none["hub token"].value == "none"
     monkeypatch.setattr(doctor, "installed_version", {"wandb": "0.20"}.get)
-    monkeypatch.setenv("WANDB_API_KEY", "wandb-secret")
-    monkeypatch.setenv("HF_TOKEN", "hub-secret")
+    monkeypatch.setenv("WANDB_API_KEY", "wandb-hidden")
+    monkeypatch.setenv("HF_TOKEN", "hub-hidden")
     diagnosis = doctor.diagnose([], hub=True)
     found = items(diagnosis, "hub and keys")
     assert found["hub token"].value == "present"
     assert found["wandb"].value == "0.20, WANDB_API_KEY is present"
-    assert "secret" not in text(diagnosis) + json.dumps(doctor.to_json(diagnosis))
+    assert "hidden" not in text(diagnosis) + json.dumps(doctor.to_json(diagnosis))
     monkeypatch.delenv("HF_TOKEN")
     token = tmp_path / "home" / "token"
     token.parent.mkdir()
     token.write_text("")
     assert items(doctor.diagnose([], hub=True), "hub and keys")["hub token"].value == "none"
-    token.write_text("file-secret")
+    token.write_text("file-hidden")
     diagnosis = doctor.diagnose([], hub=True)
     assert items(diagnosis, "hub and keys")["hub token"].value == "present"
-    assert "secret" not in text(diagnosis)
+    assert "hidden" not in text(diagnosis)
 
 
 @pytest.mark.parametrize(("hub", "mark", "value"), [(True, "ok", "answers"), (None, "note", "not asked")])

@@ -172,9 +172,10 @@ def test_an_interrupt_ends_the_workers_without_a_word(tmp_path: Path) -> None:
     """Ctrl-C reaches every process of the terminal's group; only the one in front says something."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import time\n"
+        "import signal, time\n"
         "from data import workers\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it\n"
         "    workers.num_cores = lambda: 2\n"
         "    results = workers.in_order(time.sleep, (('a', 0.01) for _ in iter(int, 1)), parallel=True)\n"
         "    try:\n"
