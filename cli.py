@@ -314,10 +314,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _folds(text: str) -> int:
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return value
+    return _whole(text, least=2)
 
 
 def _positive(text: str) -> float:
@@ -328,10 +325,13 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
+    return _whole(text, least=1)
+
+
+def _whole(text: str, *, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
+    return int(text)
 
 
 def _settings(args: argparse.Namespace) -> Any:
