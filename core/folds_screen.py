@@ -119,7 +119,7 @@ def _sd_cells(verdict: FoldsVerdict) -> list[str]:
         _three(verdict.base_val_loss.sd),
         _three(verdict.best_val_loss.sd),
         "" if step is None else f"{step:.0f}",
-        f"{_three(verdict.gap.sd)} (own interval: {verdict.own_sd:.3f})",
+        f"{_three(verdict.gap.sd)} (own {verdict.own_sd:.3f})",
         "",
     ]
 
@@ -127,7 +127,7 @@ def _sd_cells(verdict: FoldsVerdict) -> list[str]:
 def _pooled_cells(verdict: FoldsVerdict, pooled: PooledLoss) -> list[str]:
     """Losses only: the gap's spread, which the verdict is about, is one between folds."""
     rows = [result.num_val_rows for result in verdict.done]
-    num = "" if None in rows else f"{sum(count for count in rows if count is not None)} validated"
+    num = "" if None in rows else f"{sum(count for count in rows if count is not None)} rows"
     return ["pooled", num, _three(pooled.base), _three(pooled.best), "", "", ""]
 
 

@@ -77,10 +77,20 @@ def _resampled_means(losses: RowLosses, rng: np.random.Generator) -> FloatArray:
     return means
 
 
-def advice(gap: Gap, guard: GuardConfig) -> str:
-    """One sentence in the words users know, for the log and the verdict."""
+def advice(gap: Gap, guard: GuardConfig, *, base_gap: float | None = None) -> str:
+    """One sentence in the words users know, for the log and the verdict.
+
+    Args:
+        base_gap: the gap before the first step, in nats. Where training added less to it than EXCELLENT allows, the
+            held-out rows are harder, and nothing is overfitted.
+    """
     if gap.grade in ("EXCELLENT", "GOOD"):
         return f"Good generalization. Train/val loss difference: {gap.value:z.2f}"
+    if base_gap is not None and gap.value - base_gap < guard.grades[0]:
+        return (
+            f"The held-out rows are harder: their loss was {base_gap:.2f} above the training rows' before training, "
+            f"and is {gap.value:.2f} above now. Training did not overfit."
+        )
     return (
         f"Potential overfitting detected! Train/val loss difference: {gap.value:.2f} "
         f"({gap.grade}; GOOD is below {guard.grades[1]:.2f})"

@@ -103,7 +103,10 @@ class TrainScreen:
         console: Console | None = None,
         guard: GuardConfig | None = None,
         start: str = BASE_MODEL,
+        base_gap: float | None = None,
     ) -> None:
+        """`base_gap`: the gap before the first step, of a run that is resumed; else it is seen."""
+        self._base_gap = base_gap
         self._guard = guard or GuardConfig()
         self._start = start
         self._total_steps = total_steps
@@ -151,8 +154,10 @@ class TrainScreen:
     def show_evaluation(self, gap: Gap, *, step: int, is_best: bool, patience_left: int | None) -> None:
         line = evaluation_line(gap, step=step, is_best=is_best, patience_left=patience_left, start=self._start)
         LOGGER.info(line)
-        if step:
-            LOGGER.info("  %s", advice(gap, self._guard))
+        if not step:
+            self._base_gap = gap.value
+        else:
+            LOGGER.info("  %s", advice(gap, self._guard, base_gap=self._base_gap))
             if (warning := relative_warning(gap, self._guard)) is not None:
                 LOGGER.warning(warning)
         self._fields |= {

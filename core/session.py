@@ -165,6 +165,7 @@ class Session:
                 console=self._console,
                 guard=self._config.guard,
                 start=self._config.start,
+                base_gap=self._base_gap() if checkpoint else None,
             )
             self._trainer = self._make_trainer(journal, screen, flag)
             with self._failures_recorded():

@@ -123,13 +123,7 @@ def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:
             f"No better than the {summary['start']}: validation loss {summary['base_val_loss']:.3f} → "
             f"{gap.val_loss:.3f}. Don't use this adapter; try a lower rate or other data."
         )
-    base_gap = summary.get("base_gap")
-    if base_gap is not None and gap.value >= guard.grades[1] and gap.value - base_gap < guard.grades[0]:
-        return (
-            f"The held-out rows are harder: their loss was {base_gap:.2f} above the training rows' before training, "
-            f"and is {gap.value:.2f} above now. Training did not overfit."
-        )
-    return advice(gap, guard)
+    return advice(gap, guard, base_gap=summary.get("base_gap"))
 
 
 def _before(summary: Mapping[str, Any]) -> str:

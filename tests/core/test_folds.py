@@ -130,7 +130,8 @@ def test_the_pooled_loss_counts_each_token_once() -> None:
     text = "\n".join(verdict_lines(Path("x"), verdict, failed=[], has_final=True, start="base model"))
     assert "pooled    validation loss 2.000 → 2.153, each of 150 target tokens counted once" in text
     mean, _, pooled = (line.plain.split() for line in table_lines(verdict.results, verdict)[4:])
-    assert mean[:4] == ["fold", "mean", "1.500", "2.200"] and pooled == ["pooled", "60", "validated", "2.000", "2.153"]
+    assert mean[:4] == ["fold", "mean", "1.500", "2.200"] and pooled == ["pooled", "60", "rows", "2.000", "2.153"]
+    assert max(len(line.plain) for line in table_lines(verdict.results, verdict)) <= 80
     unknown = judged(fold(1, 0.1, num_val_targets=100), fold(2, 0.2))
     assert unknown.pooled is None and unknown.to_dict()["pooled_val_loss"] is None
     assert "pooled" not in "\n".join(line.plain for line in table_lines(unknown.results, unknown))

@@ -134,6 +134,20 @@ def test_eighty_columns_have_room_for_grade_gap_and_validation() -> None:
         assert "MODERATE  gap 0.250  val 1.250  loss 1.235  1,234 tok/s  3.2 GB" in line
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_a_gap_that_was_there_before_is_not_called_overfitting(is_resumed: bool) -> None:
+    """Seen at step 0, or known of a run that goes on."""
+    stream = io.StringIO()
+    console = Console(file=stream, width=200)
+    screen = TrainScreen(total_steps=60, console=console, base_gap=GAP.value if is_resumed else None)
+    with logging_to(console), screen.live():
+        if not is_resumed:
+            screen.show_evaluation(GAP, step=0, is_best=False, patience_left=3)
+        screen.show_evaluation(GAP, step=20, is_best=True, patience_left=3)
+    assert "  The held-out rows are harder: their loss was 0.25 above" in stream.getvalue()
+    assert "Potential overfitting" not in stream.getvalue()
+
+
 def test_a_pipe_gets_plain_lines() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=200)
