@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from core.after_commands import add_after_commands, whole_number
 from core.data_commands import add_data_commands
 
 USER_ERROR = 2
@@ -112,17 +113,6 @@ def monitor(args: argparse.Namespace) -> int:
         return monitor.watch(folder, refresh=args.refresh, console=console)
     console.print(monitor.render(monitor.snapshot(folder), width=console.width))
     return 0
-
-
-def generate(args: argparse.Namespace) -> int:
-    """Answers a prompt with a run's adapter, beside the base model's answer."""
-    from core.run import existing_run
-    from core.screen import make_console
-
-    folder = existing_run(args.run)
-    from core.workflow.generate import answer
-
-    return answer(folder, args.prompt, max_tokens=args.max_tokens, console=make_console())
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -243,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.set_defaults(run_command=train)
     add_data_commands(commands, add_settings=_add_settings, settings_of=_settings)
     _add_monitor(commands)
-    _add_generate(commands)
+    add_after_commands(commands)
     _add_convert(commands)
     _add_parity(commands)
     config = commands.add_parser("config", help="look at settings").add_subparsers(metavar="show", required=True)
@@ -263,14 +253,6 @@ def _add_monitor(commands: Any) -> None:
     command.add_argument("--once", action="store_true", help="print once and end")
     command.add_argument("--json", action="store_true", help="print once, for scripts")
     command.set_defaults(run_command=monitor)
-
-
-def _add_generate(commands: Any) -> None:
-    command = commands.add_parser("generate", help="answer a prompt with and without the adapter")
-    command.add_argument("run", nargs="?", help="run folder (default: the newest)")
-    command.add_argument("--prompt", required=True, help="what to answer")
-    command.add_argument("--max-tokens", type=_count, default=128, help="default: 128")
-    command.set_defaults(run_command=generate)
 
 
 def _add_convert(commands: Any) -> None:
@@ -314,7 +296,7 @@ def _add_settings(command: argparse.ArgumentParser) -> None:
 
 
 def _folds(text: str) -> int:
-    return _whole(text, least=2)
+    return whole_number(text, least=2)
 
 
 def _positive(text: str) -> float:
@@ -325,13 +307,7 @@ def _positive(text: str) -> float:
 
 
 def _count(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _whole(text: str, *, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
-    return int(text)
+    return whole_number(text, least=1)
 
 
 def _settings(args: argparse.Namespace) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from core.protocols import Backend, Learner
+from core.sampling import GREEDY, Continuation, Sampling
 
 _CLASSES = {"mlx": "MlxBackend", "cuda": "CudaBackend"}
 
@@ -29,8 +30,46 @@ def get(name: str) -> Backend:
     return cast(Backend, getattr(module, _CLASSES[name])())
 
 
-def generate(name: str, learner: Learner, tokenizer: Any, prompt_ids: Sequence[int], *, max_tokens: int) -> list[int]:
-    """Greedy continuation of a prompt by a learner of backend `name`, without the end token."""
+def generate(
+    name: str,
+    learner: Learner,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling = GREEDY,
+    keys: Sequence[int] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Continuation]:
+    """Continues prompts, all at once, with the adapter at its present weights and without dropout.
+
+    A row's text is what it would be alone, up to float rounding. The more alike the prompts are in length, the less is
+    spent on padding; a row that has ended costs nothing from then on.
+
+    Args:
+        name: the backend of `learner`.
+        tokenizer: gives `eos_token_id`; the model's own generation settings may add more end tokens.
+        prompts: token ids, at least one each, of any lengths.
+        max_tokens: of each answer, without its end token. An answer also stops where it and its prompt fill the
+            model (`max_length`).
+        sampling: how the next token is chosen.
+        keys: one per prompt; with `sampling.seed` a key decides the row's draws, whatever batch it is in and on
+            either backend. None: its place in the batch.
+        on_token: called with a prompt's place and its next token as they come, step by step. What it raises is passed
+            on, and the learner stays usable.
+
+    Raises:
+        OutOfMemoryError: prompts and cache did not fit.
+    """
     module = importlib.import_module(f"backends.{name}.generate")
-    ids: list[int] = module.generate(learner, tokenizer, prompt_ids, max_tokens=max_tokens)
-    return ids
+    found: list[Continuation] = module.generate(
+        learner, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, keys=keys, on_token=on_token
+    )
+    return found
+
+
+def max_length(name: str, learner: Learner) -> int | None:
+    """Tokens of prompt and answer together that the model of a learner of backend `name` was made for; None: any."""
+    module = importlib.import_module(f"backends.{name}.generate")
+    found: int | None = module.max_length(learner)
+    return found

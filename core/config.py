@@ -185,6 +185,9 @@ class EvalConfig(Section):
     """Training rows that are evaluated the same way as the validation split, for the gap."""
     batch_size: Count | None = None
     """Rows in an evaluation batch; null: train.batch_size, or train.batch_tokens."""
+    general: bool = False
+    """At every evaluation, also measure the loss on 200 shipped general texts and how many of their tokens the model
+    would now say otherwise: what training does to everything else."""
 
 
 class GuardConfig(Section):
@@ -224,7 +227,9 @@ class LogConfig(Section):
     every: Count = 10
     """Optimiser steps between records in metrics.jsonl."""
     trackers: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
-    """Experiment trackers to write to as well."""
+    """Experiment trackers to write to as well. One that fails never stops a run."""
+    project: str = "twinkeel"
+    """The trackers' project (MLflow: experiment)."""
 
 
 class RunConfig(Section):
@@ -261,6 +266,8 @@ class RunConfig(Section):
 
 
 FREE_ON_RESUME = (
+    "log.project",
+    "log.trackers",
     "model.cache_packed",
     "model.low_memory",
     "model.stream_layers",

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from core.protocols import DeviceReport
+from core.trackers.base import KINDS
+from core.trackers.environment import environment
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -41,10 +43,13 @@ BASE_PACKAGES = {
     "pydantic": "2.8",
     "pylatexenc": "2.10",
     "pypdf": "6.0",
+    "python-dotenv": "1.0",
     "pyyaml": "6.0",
     "rensa": "0.5",
     "rich": "14",
+    "rouge-score": "0.1.2",
     "safetensors": "0.5",
+    "scikit-learn": "1.5",
     "tokenizers": "0.22",
     "transformers": "5.17",
     "tree-sitter": "0.25",
@@ -63,8 +68,8 @@ BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {
     "mlx": {"mlx": "0.30", "mlx-lm": "0.32"},
     "cuda": {"torch": "2.11", "peft": "0.19", "accelerate": "1.10", "bitsandbytes": "0.49"},
 }
-TRACKERS = {"wandb": "WANDB_API_KEY", "tensorboard": None, "trackio": None, "mlflow": None}
-"""Package of each tracker, and the variable that holds its key."""
+TRACKER_KEYS = {"wandb": "WANDB_API_KEY"}
+"""The variable that holds a tracker's key, where it has one."""
 
 CACHE_BYTES = 20e9
 """Less free space than that in the hub's cache is noted: a 7B model in 16 bits takes 15 GB."""
@@ -239,12 +244,23 @@ def _hub(hub: bool | None) -> Iterator[Item]:
     token = _has_hub_token()
     hint = "" if token else "only gated and private models need one: set HF_TOKEN, or hf auth login"
     yield Item("hub token", "ok" if token else "note", "present" if token else "none", hint)
-    for tracker, key in TRACKERS.items():
-        version = installed_version(tracker)
-        if version is None:
+    yield from _trackers()
+
+
+def _trackers() -> Iterator[Item]:
+    """Those that are installed, each with its version; the others in a line."""
+    absent = []
+    for name, kind in KINDS.items():
+        if not all(any(map(installed_version, some)) for some in kind.packages):
+            absent.append(name)
             continue
-        present = f", {key} is {'present' if os.environ.get(key) else 'not set'}" if key else ""
-        yield Item(tracker, "ok", version + present)
+        version = next(found for some in kind.packages[0] if (found := installed_version(some)))
+        key = TRACKER_KEYS.get(name)
+        present = f", {key} is {'present' if environment().get(key) else 'not set'}" if key else ""
+        yield Item(name, "ok", version + present)
+    if absent:
+        hint = f'if wanted: pip install -e ".[{",".join(absent)}]"'
+        yield Item("trackers", "note", f"not installed: {', '.join(absent)}", hint)
 
 
 def _has_hub_token() -> bool:

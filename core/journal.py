@@ -40,12 +40,16 @@ FIELDS = (
     "grade",
     "best_step",
     "best_val_loss",
+    "general_loss",
+    "general_flipped",
     "aux_loss",
     "routing",
 )
 """Fields of a record. Units: losses and gap in nats per target token, memory in GB (10^9 bytes), time in seconds since
-the run began, over all its processes. `aux_loss` is the load-balancing loss of a trained router, without its weight,
-per token; `routing` is `core.routing.RoutingReport.to_record` of a mixture's evaluation."""
+the run began, over all its processes. `general_loss` is the loss on the general texts, `general_flipped` the share of
+their targets at which another token is the most likely one than before the first step (`core.general`). `aux_loss` is
+the load-balancing loss of a trained router, without its weight, per token; `routing` is
+`core.routing.RoutingReport.to_record` of a mixture's evaluation."""
 
 ROUTING = "routing"
 COLUMNS = (*(name for name in FIELDS if name != ROUTING), *(f"{ROUTING}.{name}" for name in SCALARS))

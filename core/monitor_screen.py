@@ -241,6 +241,7 @@ def _facts(snapshot: Snapshot) -> list[Text]:
         ("val", _with_trend(snapshot, "val_loss")),
         ("probe", _with_trend(snapshot, "probe_loss")),
         ("gap", _gap(record)),
+        ("general", _general(record)),
         ("grade", _grade(snapshot)),
         ("best", _loss(state.get("best_val_loss"), f" at step {state.get('best_step')}")),
         ("patience", _patience(snapshot)),
@@ -273,6 +274,12 @@ def _gap(record: Record) -> Text | None:
         return None
     interval = "" if low is None or high is None else f"  [{low:.3f}, {high:.3f}]"
     return Text(f"{gap:.3f}{interval}")
+
+
+def _general(record: Record) -> Text | None:
+    """Loss on the general texts, and how much of what the model would say there is something else now."""
+    line, flipped = _loss(record.get("general_loss")), number(record.get("general_flipped"))
+    return line if line is None or flipped is None else line.append(f"  {100 * flipped:.1f} % flipped")
 
 
 def _grade(snapshot: Snapshot) -> Text | None:

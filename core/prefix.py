@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from core.config import RunConfig
 from core.prefix_store import PrefixStore
@@ -58,8 +59,8 @@ def plan_prefixes(config: RunConfig, data: TrainingData) -> PrefixPlan:
     plan = plan_steps(config, batches_per_epoch=data.batches_per_epoch)
     num_evaluations = 1 + math.ceil(plan.total_steps / config.eval.every)
     training = _positions(data.epoch(0)) * plan.total_steps / plan.steps_per_epoch
-    evaluating = (_positions(data.validation) + _positions(data.probe)) * num_evaluations
-    return PrefixPlan(distinct_rows([*data.epoch(0), *data.validation]), int(training + evaluating))
+    evaluating = (_positions(data.validation) + _positions(data.probe) + _positions(data.general)) * num_evaluations
+    return PrefixPlan(distinct_rows([*data.epoch(0), *data.validation, *data.general]), int(training + evaluating))
 
 
 def distinct_rows(batches: Iterable[Batch]) -> list[TokenArray]:
@@ -112,6 +113,9 @@ class PrefixedLearner:
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
         return self._learner.replay(self._with_prefix(batch) for batch in batches)
+
+    def target_logits(self, batch: Batch) -> npt.NDArray[np.float32]:
+        return self._learner.target_logits(self._with_prefix(batch))
 
     def _with_prefix(self, batch: Batch) -> Batch:
         found = [self._prefix_of(row) if len(row) else None for row in rows_of(batch)]

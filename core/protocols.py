@@ -270,6 +270,15 @@ class Learner(Protocol):
         """As `evaluate`, but target by target, with the token that the model would have chosen."""
         ...
 
+    def target_logits(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """The next-token logits at every target, without dropout: float32 [targets, vocabulary], in the order of the
+        flattened batch, on the host. A target takes 4 bytes for each token of the vocabulary: ask for few at a time.
+
+        Raises:
+            OutOfMemoryError: the batch did not fit.
+        """
+        ...
+
     def export_state(self) -> TrainState: ...
 
     def import_state(self, state: TrainState) -> None:

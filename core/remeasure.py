@@ -19,6 +19,7 @@ from core.checkpoint import Checkpoint
 from core.config import RunConfig
 from core.early_stopping import EarlyStopping
 from core.errors import NonFiniteLossError
+from core.general import look_at_general
 from core.overfitting import Gap, measure_gap
 from core.protocols import Learner, RowLosses, TrainState
 from core.routing import Routing, RoutingReport
@@ -81,21 +82,22 @@ class _Measure:
     """Evaluates adapters as the trainer does."""
 
     def __init__(self, learner: Learner, data: TrainingData, config: RunConfig) -> None:
-        self._learner = learner
+        self.learner = learner
+        self.general = data.general
         self._data = data
         self._config = config
         self.start = config.start
 
     def validation(self, adapter: Adapter, name: str) -> RowLosses:
         _log.info("measuring the %s on the weights here", name)
-        self._learner.import_state(TrainState(adapter=adapter.tensors, optimizer={}))
-        losses = self._learner.evaluate(self._data.validation)
+        self.learner.import_state(TrainState(adapter=adapter.tensors, optimizer={}))
+        losses = self.learner.evaluate(self._data.validation)
         self._refuse_non_finite(losses, name)
         return losses
 
     def gap(self, validation: RowLosses, name: str) -> Gap:
         """With the probe at the weights of the last call of `validation`."""
-        probe = self._learner.evaluate(self._data.probe)
+        probe = self.learner.evaluate(self._data.probe)
         self._refuse_non_finite(probe, name)
         return measure_gap(validation, probe, guard=self._config.guard, seed=self._config.train.seed)
 
@@ -115,6 +117,8 @@ class _Measure:
 def _start(progress: Progress, measure: _Measure, initial: Adapter) -> str:
     before = progress.base_val_loss
     losses = measure.validation(initial, measure.start)
+    if measure.general:
+        progress.general_start = look_at_general(measure.learner, measure.general, None)[1]
     progress.base_val_loss, progress.base_routing = losses.mean, measure.routing(losses)
     return f"{measure.start} {losses.mean:.3f} here ({before:.3f} before)"
 
@@ -123,6 +127,8 @@ def _best(progress: Progress, stopping: EarlyStopping, measure: _Measure, adapte
     before, name = stopping.best_loss, "best adapter"
     losses = measure.validation(adapter, name)
     progress.best_gap = measure.gap(losses, name)
+    if measure.general:
+        progress.best_general, _ = look_at_general(measure.learner, measure.general, progress.general_start)
     stopping.rebase(losses.mean)
     routing = measure.routing(losses)
     if routing is not None and progress.base_routing is not None:

@@ -38,23 +38,33 @@ def write_row_losses(run_folder: Path, step: int, *, validation: RowLosses | Non
 
 def read_row_losses(run_folder: Path, step: int) -> tuple[RowLosses, RowLosses] | None:
     """Validation and probe losses at `step`, or None when there was no evaluation, or nothing held out."""
+    splits = read_splits(run_folder, step)
+    return (splits[_SPLITS[0]], splits[_SPLITS[1]]) if _SPLITS[0] in splits else None
+
+
+def read_splits(run_folder: Path, step: int) -> dict[str, RowLosses]:
+    """The losses at `step` by split, `val` and `probe`; empty when there was no evaluation."""
     from safetensors.numpy import load_file
 
     path = _path(run_folder, step)
     if not path.is_file():
-        return None
+        return {}
     tensors = load_file(path)
-    if f"{_SPLITS[0]}.nll" not in tensors:
-        return None
-    validation, probe = (
-        RowLosses(
+    return {
+        split: RowLosses(
             row_ids=tensors[f"{split}.row_ids"],
             nll=tensors[f"{split}.nll"],
             num_targets=tensors[f"{split}.num_targets"],
         )
         for split in _SPLITS
-    )
-    return validation, probe
+        if f"{split}.nll" in tensors
+    }
+
+
+def evaluated_steps(run_folder: Path) -> list[int]:
+    """The steps that there are losses of, rising."""
+    names = (path.stem.removeprefix("step") for path in (run_folder / ROW_LOSSES).glob("step*.safetensors"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _path(run_folder: Path, step: int) -> Path:

@@ -57,6 +57,8 @@ def record_line(record: Mapping[str, Any], *, total_steps: int) -> str:
             f"lr {record['lr']:.2e}",
             f"grad norm {record['grad_norm']:.2f}",
         ]
+    if "general_loss" in record:
+        parts.append(f"general {record['general_loss']:.3f} ({100 * record['general_flipped']:.1f} % flipped)")
     if record["tokens_per_second"]:
         parts.append(f"{record['tokens_per_second']:,.0f} tok/s")
     parts.append(f"{record['memory_gb']:.1f} GB")

@@ -47,6 +47,7 @@ from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_sp
 from core.schedule import SCHEDULE_STEPS, plan_steps
 from core.screen import TrainScreen, count, logging_to_file
 from core.signals import InterruptFlag
+from core.trackers.process import tracking
 from core.trainer import Trainer
 from core.verdict import NOT_JUDGED, not_judged, summarize, verdict_lines
 
@@ -160,6 +161,7 @@ class Session:
             stack.enter_context(logging_to_file(self._folder / LOG))
             flag = stack.enter_context(InterruptFlag())
             self._announce(checkpoint)
+            stack.enter_context(tracking(self._folder, self._config.log.trackers, should_stop=flag))
             screen = TrainScreen(
                 total_steps=self._plan.total_steps,
                 console=self._console,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,8 +23,11 @@ from core.checkpoint import Checkpoint, Checkpointer
 from core.config import RunConfig
 from core.early_stopping import EarlyStopping
 from core.errors import NonFiniteLossError
+from core.general import GeneralLoss, look_at_general
 from core.journal import Journal
 from core.overfitting import Gap, measure_gap
+from core.progress import Progress as Progress
+from core.progress import Window
 from core.protocols import Batch, IntArray, Learner, RowLosses, StepOutput, Tensors
 from core.routing import Routing, RoutingReport
 from core.row_losses import write_row_losses
@@ -52,6 +55,11 @@ class TrainingData(Protocol):
 
     @property
     def probe(self) -> Sequence[Batch]: ...
+
+    @property
+    def general(self) -> Sequence[Batch]:
+        """General texts, for what is forgotten; empty where they are not measured (`eval.general`)."""
+        ...
 
     def name_rows(self, row_ids: IntArray) -> str:
         """Where these training rows come from, for a person: `train.jsonl:17, train.jsonl:40`."""
@@ -94,51 +102,6 @@ class StepSource:
             self._batches, self._batches_epoch = self._data.epoch(epoch), epoch
         size = self._config.train.accumulation
         return list(self._batches[group * size : (group + 1) * size])
-
-
-@dataclass(slots=True)
-class Window:
-    """Sums since the last record; part of every checkpoint."""
-
-    loss_sum: float = 0.0
-    aux_sum: float | None = None
-    """Load-balancing loss times the step's tokens; None when there is none."""
-    num_targets: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(slots=True)
-class Progress:
-    """All that the loop knows, apart from the learner's weights: what `trainer.json` of a checkpoint holds."""
-
-    step: int = 0
-    base_val_loss: float | None = None
-    best_gap: Gap | None = None
-    last_gap: Gap | None = None
-    base_routing: Routing | None = None
-    """Of a mixture, before the first step."""
-    best_routing: dict[str, Any] | None = None
-    """`core.routing.SCALARS` of the best step."""
-    window: Window = field(default_factory=Window)
-    num_target_tokens: int = 0
-    num_tokens: int = 0
-    train_seconds: float = 0.0
-    elapsed_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Progress:
-        gaps = {name: None if values[name] is None else Gap(**values[name]) for name in ("best_gap", "last_gap")}
-        routing = values.get("base_routing")
-        return cls(
-            **{
-                **values,
-                **gaps,
-                "base_routing": None if routing is None else Routing.from_dict(routing),
-                "window": Window(**values["window"]),
-            }
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +205,8 @@ class Trainer:
         if logs:
             record = self._record(step, lr=lr, grad_norm=grad_norm)
             is_best = evaluates and self._evaluate(step, record)
+            if evaluates and self._data.general:
+                self._look_at_general(step, record, is_best=is_best)
             self._journal.append(record)
             self._screen.show_record(record)
             checkpoints = checkpoints or is_best
@@ -364,6 +329,18 @@ class Trainer:
         self._screen.show_phase("training")
         return is_kept
 
+    def _look_at_general(self, step: int, record: dict[str, Any], *, is_best: bool) -> None:
+        """What training does to everything else, held against what was before the first step."""
+        self._screen.show_phase("evaluating")
+        found, self.progress.general_start = look_at_general(
+            self.learner, self._data.general, self.progress.general_start
+        )
+        self._refuse_non_finite(step, general=found)
+        if is_best:
+            self.progress.best_general = found
+        record |= {"general_loss": found.loss, "general_flipped": found.flipped, "time": self.elapsed_seconds}
+        self._screen.show_phase("training")
+
     def _judge_routing(
         self, step: int, expert_tokens: IntArray, *, batches: Sequence[Batch], is_best: bool
     ) -> dict[str, Any]:
@@ -389,7 +366,7 @@ class Trainer:
             self._save_best(self.learner.export_state().adapter)
         return decision.is_best
 
-    def _refuse_non_finite(self, step: int, **evaluated: RowLosses) -> None:
+    def _refuse_non_finite(self, step: int, **evaluated: RowLosses | GeneralLoss) -> None:
         for name, losses in evaluated.items():
             if not math.isfinite(losses.mean):
                 when = f"after step {step}" if step else "of the base model"

@@ -31,7 +31,8 @@ def summarize(
 
     Losses and gap are those of the best adapter, the one in `adapters/`, in nats per target token; memory in GB (10^9
     bytes); `num_target_tokens` counts every target that was trained on, once per pass; `routing` has a mixture's
-    `core.routing.SCALARS` at the best step. `not_judged` says why there is no gap; null where there can be one. The
+    `core.routing.SCALARS` at the best step; `general_loss` and `general_flipped` are `core.general.GeneralLoss` of that
+    step, where `eval.general` asks for them. `not_judged` says why there is no gap; null where there can be one. The
     caller adds `base_gap`, the gap before the first step.
     """
     progress, gap = trainer.progress, trainer.progress.best_gap
@@ -57,6 +58,9 @@ def summarize(
         "grade": gap.grade if gap else None,
         NOT_JUDGED: None if trainer.is_judged else not_judged(config),
         "routing": progress.best_routing,
+        "base_general_loss": progress.general_start.loss if progress.general_start else None,
+        "general_loss": progress.best_general.loss if progress.best_general else None,
+        "general_flipped": progress.best_general.flipped if progress.best_general else None,
         "final_val_loss": progress.last_gap.val_loss if progress.last_gap else None,
         "final_gap": progress.last_gap.value if progress.last_gap else None,
         "num_train_rows": num_train_rows,
@@ -93,6 +97,7 @@ def verdict_lines(
         f"  validation loss   {summary['base_val_loss']:.3f} → {gap.val_loss:.3f}   ({_best(summary)})",
         f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}{_before(summary)}",
         *_doubt(summary, gap, guard),
+        *_general(summary),
         f"  {_size(summary)}",
         "",
         f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
@@ -110,6 +115,7 @@ def _unjudged_lines(summary: Mapping[str, Any], *, folder: Path, next_command: s
         return [headline, stopped, f"  continue  python cli.py train --resume {folder}"]
     return [
         headline,
+        *_general(summary),
         f"  {_size(summary)}",
         "",
         f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
@@ -129,6 +135,14 @@ def _headline(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> str:
 def _before(summary: Mapping[str, Any]) -> str:
     base_gap = summary.get("base_gap")
     return "" if base_gap is None else f"   ({base_gap:.3f} before training)"
+
+
+def _general(summary: Mapping[str, Any]) -> list[str]:
+    """What became of everything else, where it was measured."""
+    if (loss := summary.get("general_loss")) is None:
+        return []
+    base, flipped = summary["base_general_loss"], 100 * summary["general_flipped"]
+    return [f"  general texts     {base:.3f} → {loss:.3f}   ({flipped:.1f} % of the most likely tokens are others now)"]
 
 
 def _doubt(summary: Mapping[str, Any], gap: Gap, guard: GuardConfig) -> list[str]:

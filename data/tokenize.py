@@ -140,6 +140,23 @@ class Renderer:
             return self._with_template(example)
         return self._plain_pair(example) if example.is_pair else self._plain_chat(example)
 
+    def prompt(self, messages: Sequence[Message], *, is_pair: bool) -> str:
+        """The text of a conversation up to where the answer begins, as a row that goes on with the answer has it.
+
+        Args:
+            messages: the last is of the user.
+            is_pair: without a chat template, as rows of prompt and completion are written, not as chats are.
+
+        Raises:
+            UserError: the chat template refuses the conversation.
+        """
+        if not self.has_template:
+            return self._plain_question(messages) if is_pair else f"{self._plain_turns(messages)[0]}\n\nAssistant:\n"
+        try:
+            return self._template([self._merged(messages)], prompt=True)[0]
+        except _template_errors() as error:
+            raise _refused("", error) from None
+
     def findings(self) -> list[Line]:
         counts, found = self.counts, []
         if counts.plain_layout:
@@ -169,10 +186,14 @@ class Renderer:
 
     def _plain_chat(self, example: Example) -> Rendered:
         """`<system>`, then `User:` and `Assistant:` lines with the text below; each answer has the end token."""
+        text, spans = self._plain_turns(example.messages)
+        return Rendered(text, tuple(spans))
+
+    def _plain_turns(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         self.counts.plain_layout = "messages are written under `User:` and `Assistant:` lines"
         text = ""
         spans = []
-        for turn in example.messages:
+        for turn in messages:
             text += "\n\n" if text else ""
             text += {"system": "", "user": "User:\n", "assistant": "Assistant:\n"}[turn.role]
             start = len(text)
@@ -180,28 +201,35 @@ class Renderer:
             if turn.role == "assistant":
                 text += self.tokenizer.eos_token or ""
                 spans.append((start, len(text)))
-        return Rendered(text, tuple(spans))
+        return text, spans
+
+    def _plain_question(self, messages: Sequence[Message]) -> str:
+        """A prompt that a completion follows. Rows have no system message here: it becomes the prompt's beginning."""
+        self.counts.plain_layout = "prompt and completion are joined as plain text"
+        prompt = "\n\n".join(turn.content for turn in messages)
+        return prompt if prompt[-1].isspace() else prompt + "\n"
 
     def _with_template(self, example: Example) -> Rendered | None:
-        messages = example.messages
-        if messages[0].role == "system" and not self.takes_system:
-            self.counts.num_merged += 1
-            first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
-            messages = (first, *messages[2:])
+        messages = self._merged(example.messages)
         answers = [index for index, turn in enumerate(messages) if turn.role == "assistant"]
         try:
             whole = self._template([messages], prompt=False)[0]
             prompts = self._template([messages[:index] for index in answers], prompt=True)
         except _template_errors() as error:
-            raise UserError(
-                f"{example.place}: the model's chat template refuses this conversation ({error})",
-                hint="see the model's card for the messages that it takes",
-            ) from None
+            raise _refused(f"{example.place}: ", error) from None
         spans = self._spans(whole, messages, prompts)
         if spans is None:
             return None
         self.counts.num_searched += not all(whole.startswith(prompt) for prompt in prompts)
         return Rendered(whole, tuple(spans), is_template=True)
+
+    def _merged(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """Where the template takes no system message, it goes before the user's first."""
+        if messages[0].role != "system" or self.takes_system:
+            return messages
+        self.counts.num_merged += 1
+        first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
+        return first, *messages[2:]
 
     def _template(self, conversations: Sequence[Sequence[Message]], *, prompt: bool) -> list[str]:
         texts: list[str] = self.tokenizer.apply_chat_template(
@@ -282,6 +310,13 @@ class Renderer:
         """The end of the turn's end token, if the template writes here what it writes behind the last answer."""
         matches = (tail.match(whole, end) for tail in self._tails)
         return next((match.end() for match in matches if match), end)
+
+
+def _refused(place: str, error: Exception) -> UserError:
+    return UserError(
+        f"{place}the model's chat template refuses this conversation ({error})",
+        hint="see the model's card for the messages that it takes",
+    )
 
 
 def _find(whole: str, content: str, start: int, stop: int | None = None) -> Span | None:

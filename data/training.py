@@ -30,6 +30,7 @@ class RunData:
         self._budget = config.train.batch_tokens
         self._limit = _limit(config.train.batch_size, config.train.batch_tokens)
         self._eval_limit = _limit(config.eval.batch_size) if config.eval.batch_size else self._limit
+        self._general: Sequence[Batch] = ()
         self._num_probe_rows = config.eval.probe_rows
         self.name = prepared.name
         self.fingerprint = prepared.fingerprint
@@ -74,6 +75,16 @@ class RunData:
     @cached_property
     def probe(self) -> Sequence[Batch]:
         return eval_batches(self._probe_rows, self._eval_shapes[1])
+
+    @property
+    def general(self) -> Sequence[Batch]:
+        """Of `data.general`, if they are measured."""
+        return self._general
+
+    def with_general(self, batches: Sequence[Batch]) -> RunData:
+        """Takes general texts in, to be measured at every evaluation."""
+        self._general = batches
+        return self
 
     def name_rows(self, row_ids: IntArray) -> str:
         names = [self._prepared.train.origin[row] for row in row_ids if row >= 0]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from core.protocols import IGNORE, Batch, MemoryStats, Replay, RowLosses, StepOutput, TrainState, Weight
 from core.seeding import generator, step_seed
@@ -90,6 +91,9 @@ class FakeLearner:
         greedy = [np.full(len(chosen), logp.argmax()) for chosen in targets]
         return Replay.gather(some, [-logp[chosen] for chosen in targets], greedy)
 
+    def target_logits(self, batch: Batch) -> npt.NDArray[np.float32]:
+        return np.repeat(self.logits, batch.num_targets, axis=0)
+
     def export_state(self) -> TrainState:
         self.calls.append("export")
         return TrainState({NAME: self.logits.copy()}, {f"momentum/{NAME}": self.momentum.copy()}, self.steps)
@@ -125,6 +129,7 @@ class FakeData:
         self.val_rows = [draw() for _ in range(num_val)]
         self.num_train_rows, self.num_val_rows, self.seed = num_rows, num_val, seed
         self.batch_size = batch_size
+        self.general_rows: list[np.ndarray[Any, Any]] = []
         self.batches_per_epoch = -(-num_rows // batch_size)
 
     def epoch(self, epoch: int) -> Sequence[Batch]:
@@ -138,6 +143,10 @@ class FakeData:
     @property
     def probe(self) -> Sequence[Batch]:
         return [self._batch(self.rows, np.arange(5))]
+
+    @property
+    def general(self) -> Sequence[Batch]:
+        return [self._batch(self.general_rows, np.arange(len(self.general_rows)))] if self.general_rows else []
 
     def name_rows(self, row_ids: np.ndarray[Any, Any]) -> str:
         return ", ".join(f"fake:{row}" for row in row_ids)

@@ -89,11 +89,12 @@ except SystemExit as end:
     assert not end.code, end.code
 print("LOADED", *{name if name.startswith("core") else name.split(".")[0] for name in sys.modules})
 """
-ARGUMENTS_ONLY = {"core", "core.data_commands", "core.prepare_arguments"}
+ARGUMENTS_ONLY = {"core", "core.after_commands", "core.data_commands", "core.prepare_arguments"}
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("monitor",), ("config", "show"), ("doctor",), ("parity",), ("data", "check")]
+    "command",
+    [(), ("train",), ("monitor",), ("config", "show"), ("doctor",), ("parity",), ("data", "check"), ("evaluate",)],
 )
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     text, _, loaded = python(HELP, *command, "--help").rpartition("LOADED")

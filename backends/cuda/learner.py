@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from backends.cuda.halves import AbsentLayers, FrozenLayers, States, part_of, states_of, to_prefix
 from backends.cuda.host_layers import HostLayers
-from backends.cuda.loss import summed_losses, token_losses, token_replay
+from backends.cuda.loss import host_logits, summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
 from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
@@ -278,6 +279,21 @@ class CudaLearner:
             device=self.device,
             doing=f"in an evaluation with {_extent([batch])}",
         )
+
+    def target_logits(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Float32 [targets, vocabulary] on the host, in the order of the flattened batch, without dropout.
+
+        Raises:
+            OutOfMemoryError: the batch did not fit.
+        """
+        if not batch.num_targets:
+            return np.empty((0, self._head.out_features), np.float32)
+        with self.evaluating():
+            return within_memory(
+                lambda: host_logits(self._head, *self._at_targets(batch)),
+                device=self.device,
+                doing=f"in an evaluation with {_extent([batch])}",
+            )
 
     # --- what never changes
 

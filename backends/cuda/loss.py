@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -80,6 +81,12 @@ def token_replay(
     found = [(_token_nll(logits, t), logits.argmax(-1)) for logits, t in _chunks_of_logits(head, hidden, targets)]
     losses, greedy = zip(*found, strict=True)
     return torch.cat(losses), torch.cat(greedy)
+
+
+def host_logits(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
+    """The logits themselves, float32 [N, vocabulary] on the host; on the device a chunk at a time."""
+    found = [logits.cpu().numpy() for logits, _ in _chunks_of_logits(head, hidden, targets)]
+    return np.concatenate(found)
 
 
 def _chunks_of_logits(

@@ -46,6 +46,7 @@ def causal_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' "sdpa" attention for rows that are padded on the right only, so that no mask is needed.
 
+    Text is generated from rows padded on the left, with a mask of its own (`backends.cuda.generate`), which is used.
     Given no mask, transformers 5 looks for packed rows in every forward pass with "sdpa", and that waits for the
     device. For an attention of another name it makes no mask and looks for nothing; then torch runs its fast causal
     kernel. A sliding window still needs a mask, once a row is longer than the window; while a cache is read (one
@@ -55,7 +56,7 @@ def causal_attention(
         query: [batch, heads, queries, head size]; key and value: [batch, key-value heads, keys, head size].
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
-    if sliding_window is not None and num_queries > 1 and num_keys > sliding_window:
+    if attention_mask is None and sliding_window is not None and num_queries > 1 and num_keys > sliding_window:
         assert num_queries == num_keys, "several queries on a filled cache"
         attention_mask = window_mask(num_keys, sliding_window, query.device)
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

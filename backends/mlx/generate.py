@@ -1,90 +1,106 @@
-"""Text from a learner's model, greedily or sampled, with a key-value cache."""
+"""Text from a learner's model, for a batch of prompts, with a key-value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from backends.mlx.memory import translate_out_of_memory
-from core.sampling import pick_token
-from core.seeding import generator
+from core.generation import OnToken, continue_prompts, end_tokens
+from core.sampling import GREEDY, Continuation, Sampling
 
 if TYPE_CHECKING:
     from backends.mlx.learner import MlxLearner
 
-_PREFILL = 512
-"""Prompt tokens per forward pass: bounds the memory of a long prompt."""
+_PREFILL = 2048
+"""Prompt tokens per forward pass, over all rows: bounds the memory of long prompts."""
 
 
 def generate(
     learner: MlxLearner,
     tokenizer: Any,
-    prompt_ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-) -> list[int]:
-    """Continues a prompt with the adapter at its present weights, without dropout.
+    sampling: Sampling = GREEDY,
+    keys: Sequence[int] | None = None,
+    on_token: OnToken | None = None,
+) -> list[Continuation]:
+    """See `backends.generate`."""
+    longest = max(map(len, prompts), default=0)
+    with translate_out_of_memory(f"generating text from {len(prompts)} prompts of up to {longest} tokens"):
+        return continue_prompts(
+            _Decoder(learner),
+            prompts,
+            max_tokens=max_tokens,
+            max_length=max_length(learner),
+            ends=end_tokens(tokenizer, learner.network.end_tokens),
+            sampling=sampling,
+            keys=keys,
+            on_token=on_token,
+        )
 
-    Args:
-        tokenizer: gives `eos_token_id`; the model's own generation settings may add more end tokens.
-        prompt_ids: at least one token id.
-        max_tokens: stop after so many new tokens.
-        temperature: 0 takes the most likely token; else logits are divided by it and a token is drawn.
-        top_p: draw from the fewest tokens that hold this probability (arXiv:1904.09751); 1: all.
-        top_k: draw from the k most likely tokens; 0: all.
-        seed: of the drawing; the same seed gives the same text.
 
-    Returns:
-        The new token ids, without the end token.
+def max_length(learner: MlxLearner) -> int | None:
+    """See `backends.max_length`."""
+    found: int | None = getattr(learner.network.module.args, "max_position_embeddings", None)
+    return found
 
-    Raises:
-        OutOfMemoryError: prompt and cache did not fit.
-    """
-    assert prompt_ids, "an empty prompt"
-    ends = {*learner.network.end_tokens}
-    if tokenizer.eos_token_id is not None:
-        ends.add(int(tokenizer.eos_token_id))
-    random = generator(seed, "generate")
-    tokens: list[int] = []
-    with translate_out_of_memory(f"generating from a prompt of {len(prompt_ids)} tokens"):
-        logits = _prefill(learner, prompt_ids, cache := learner.network.make_cache())
-        while len(tokens) < max_tokens:
-            if temperature == 0.0:
-                token = int(mx.argmax(logits))  # waits for the device
+
+class _Decoder:
+    """`core.generation.Decoder`. Prompts are padded on the left, so that all rows' next tokens share a slot."""
+
+    def __init__(self, learner: MlxLearner) -> None:
+        self._learner = learner
+        self._cache: list[Any] = []
+        self._next = mx.zeros(0)
+        self._ahead: mx.array | None = None
+        """The logits after the next `step`, where it is known already."""
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]
+        self._cache = self._learner.network.make_cache(padding)
+        ids = mx.array([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)], mx.int32)
+        size = max(1, _PREFILL // len(prompts))
+        for start in range(0, width, size):
+            hidden = self._read(ids[:, start : start + size])
+            mx.eval(hidden)
+        self._next = self._logits(hidden)
+
+    def likeliest(self) -> list[int]:
+        tokens = mx.argmax(self._next, axis=-1)
+        # the next step is on its way before these tokens are looked at: the device needs not wait for Python
+        self._ahead = self._logits(self._read(tokens[:, None]))
+        mx.async_eval(tokens, self._ahead)
+        return [int(token) for token in np.array(tokens)]  # waits for the device
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        return np.array(self._next)  # waits for the device
+
+    def keep(self, places: Sequence[int]) -> None:
+        kept = mx.array(list(places), mx.int32)
+        if self._ahead is not None:
+            self._ahead = self._ahead[kept]
+        for cache in self._cache:
+            if hasattr(cache, "filter"):
+                cache.filter(kept)
             else:
-                host = np.array(logits, np.float64)  # waits for the device
-                token = pick_token(host, temperature, top_p=top_p, top_k=top_k, random=random)
-            if token in ends:
-                break
-            tokens.append(token)
-            logits = _next_logits(learner, [token], cache)
-    return tokens
+                cache.keys, cache.values = cache.keys[kept], cache.values[kept]
 
+    def step(self, tokens: Sequence[int]) -> None:
+        if self._ahead is None:
+            self._ahead = self._logits(self._read(mx.array(list(tokens), mx.int32)[:, None]))
+        self._next, self._ahead = self._ahead, None
 
-def _prefill(learner: MlxLearner, prompt_ids: Sequence[int], cache: list[Any]) -> mx.array:
-    *earlier, last = _parts(prompt_ids)
-    for part in earlier:
-        mx.eval(_hidden(learner, part, cache))
-    return _next_logits(learner, last, cache)
+    def _read(self, ids: mx.array) -> mx.array:
+        """Appends token ids [rows, T] to the cache; returns hidden states [rows, T, D]."""
+        return self._learner.network.hidden_states(self._learner.parameters, ids, cache=self._cache)
 
-
-def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(ids), _PREFILL):
-        yield ids[start : start + _PREFILL]
-
-
-def _hidden(learner: MlxLearner, ids: Sequence[int], cache: list[Any]) -> mx.array:
-    tokens = mx.array([list(ids)], mx.int32)
-    return learner.network.hidden_states(learner.parameters, tokens, cache=cache)
-
-
-def _next_logits(learner: MlxLearner, ids: Sequence[int], cache: list[Any]) -> mx.array:
-    """Float32 logits [V] of the token after `ids`."""
-    return learner.network.project(_hidden(learner, ids, cache)[0, -1]).astype(mx.float32)
+    def _logits(self, hidden: mx.array) -> mx.array:
+        """Float32 [rows, V] of the token after the last."""
+        return self._learner.network.project(hidden[:, -1]).astype(mx.float32)

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from backends.mlx.absent_layers import prefixes, streamed_gradients
-from backends.mlx.loss import Selection, select_targets, summed_loss, token_losses, token_replay
+from backends.mlx.loss import Selection, host_logits, select_targets, summed_loss, token_losses, token_replay
 from backends.mlx.memory import MemoryMeter, translate_out_of_memory
 from backends.mlx.model import Network
 from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
@@ -237,6 +238,14 @@ class MlxLearner:
             mx.eval(found)
             nll, greedy = (np.array(array[: selection.num_targets]) for array in found)
         return nll, greedy
+
+    def target_logits(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Float32 [targets, vocabulary] on the host, in the order of the flattened batch. Waits for the device."""
+        selection = select_targets(batch, exact=self._exact)
+        with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
+            tokens, position, _, _ = _device_arrays(batch, selection)
+            hidden = self.network.hidden_states(self.parameters, tokens)
+            return host_logits(self.network.project, hidden, position)[: selection.num_targets]
 
     def _losses_of_batch(
         self,

@@ -128,6 +128,12 @@ def token_replay(project: Project, hidden: mx.array, position: mx.array, target:
     return mx.concatenate(losses), mx.concatenate(greedy)
 
 
+def host_logits(project: Project, hidden: mx.array, position: mx.array) -> np.ndarray:
+    """The logits of each selected position themselves, float32 [M, V] on the host; on the device a chunk at a time."""
+    chunks = _chunks(_flatten(hidden)[position])
+    return np.concatenate([np.array(project(selected).astype(mx.float32)) for (selected,) in chunks])
+
+
 def _flatten(hidden: mx.array) -> mx.array:
     return hidden.reshape(-1, hidden.shape[-1])
 

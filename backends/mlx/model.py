@@ -249,6 +249,9 @@ class Network:
 
         model = self.module.model
         mask = create_attention_mask(hidden, cache[0] if cache else None, window_size=self._base.window)
+        if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[-2] > 1:
+            # padding looks at itself: a softmax over nothing may be NaN, and of a NaN nothing is 0
+            mask = mask | mx.eye(mask.shape[-2], mask.shape[-1], mask.shape[-1] - mask.shape[-2], dtype=mx.bool_)
         routed: list[Routed] = []
         for number in numbers:
             slots = self._by_layer[number]
@@ -267,13 +270,16 @@ class Network:
         module = self.module
         return module.model.embed_tokens.as_linear(hidden) if self._base.tied else module.lm_head(hidden)
 
-    def make_cache(self) -> list[Any]:
-        """An empty key-value cache per layer."""
-        from mlx_lm.models.cache import KVCache, RotatingKVCache
+    def make_cache(self, padding: Sequence[int]) -> list[Any]:
+        """An empty key-value cache per layer, for as many rows as `padding` has numbers: tokens that the row is padded
+        with on the left."""
+        from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
 
-        window = self._base.window
-        layers = self.module.layers
-        return [RotatingKVCache(max_size=window) if window else KVCache() for _ in layers]
+        window, layers = self._base.window, self.module.layers
+        if not any(padding):  # these have the faster masks
+            return [RotatingKVCache(max_size=window) if window else KVCache() for _ in layers]
+        left = list(padding)
+        return [BatchRotatingKVCache(window, left) if window else BatchKVCache(left) for _ in layers]
 
 
 def _run_layer(

@@ -22,9 +22,11 @@ from core.models import QUICKSTART_MODEL, ResolvedModel, resolve_model
 from core.models.fingerprint import model_fingerprint
 from core.models.wheel import cache_folder
 from core.protocols import Backend, DeviceReport, Learner
+from core.trackers.process import check_installed
 from data.check.collect import check_prepared
 from data.check.report import brief, stops
 from data.dataset import Prepared, TokenizedData, split_data, tokenize_data
+from data.general import general_fingerprint, load_general
 from data.token_cache import cached_rows, rows_key
 from data.tokenize import load_tokenizer
 from data.training import RunData
@@ -54,6 +56,10 @@ class Job:
             del bound[free]
         del bound["model"]["path"], bound["data"]["path"], bound["lora"]["init_adapter"]
         bound["model"]["revision"] = None  # like the path: where the model is
+        if self.config.eval.general:
+            bound["eval"]["general"] = general_fingerprint()
+        else:  # a run from before there was this setting goes on
+            del bound["eval"]["general"]
         for name in FREE_ON_RESUME:
             section, field = name.split(".")
             del bound[section][field]
@@ -81,6 +87,7 @@ def prepare(
         sources: where the settings came from.
         init_adapter: of a run that is resumed, its copy of the adapter that it started from, if there is one.
     """
+    check_installed(config.log.trackers)
     backend, device = find_backend(config)
     config = changed(_on_its_base(config), backend=backend.name)
     model = find_model(config, device)
@@ -91,6 +98,9 @@ def prepare(
     for warning in [*_warnings(config, architecture, adapter), *backend.check(config)]:
         _log.warning(warning)
     data = load_rows(config, model, architecture)
+    if config.eval.general:
+        tokenizer = load_tokenizer(model.path, trust_remote_code=config.model.trust_remote_code)
+        data = data.with_general(load_general(tokenizer, vocab_size=architecture.vocab_size).batches)
     return Job(config, backend, device, model, architecture, adapter, data)
 
 
@@ -204,11 +214,6 @@ def _refuse_memory_settings(config: RunConfig, adapter: Adapter) -> None:
 
 def _warnings(config: RunConfig, architecture: Architecture, adapter: Adapter) -> Iterator[str]:
     """Settings that have no effect on any backend, in this combination."""
-    if config.log.trackers:
-        raise UserError(
-            f"log.trackers: {', '.join(config.log.trackers)}: this version has no trackers",
-            hint="remove the setting; metrics.jsonl in the run folder holds every record",
-        )
     yield from _router_warnings(config, architecture, adapter)
     if architecture.max_positions and config.data.max_tokens > architecture.max_positions:
         yield (

@@ -13,16 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
-import backends
-from core.config import RunConfig
 from core.errors import UserError
 from core.init_adapter import COPY
-from core.moves import choose_backend
-from core.run import COMPLETE, CONFIG, RunLock, claim_run_folder, new_run_folder, read_state
+from core.run import COMPLETE, RunLock, claim_run_folder, new_run_folder, read_state
 from core.screen import logging_to
 from core.session import Session
-from core.settings import Settings, load_config, resolve
-from core.workflow.job import changed, opened, prepare
+from core.settings import Settings
+from core.workflow.after import config_here
+from core.workflow.job import opened, prepare
 from core.workflow.prefix import with_prefixes
 
 _log = logging.getLogger("twinkeel")
@@ -82,25 +80,7 @@ def resume(
                 f"python cli.py train --init-adapter {folder}",
             )
         with RunLock(folder):  # before the model is loaded: somebody may be training here, somebody may be watching
-            job = prepare(_config_here(folder, flags or {}, assignments), choose_bits=False, init_adapter=folder / COPY)
+            job = prepare(config_here(folder, flags or {}, assignments), choose_bits=False, init_adapter=folder / COPY)
             with opened(job) as learner:
                 prepared = with_prefixes(job, learner, console=console)
                 return Session(job, prepared.learner, folder, console=console, prefix=prepared.report).resume()
-
-
-def _config_here(folder: Path, flags: Mapping[str, tuple[str, Any]], assignments: Sequence[str]) -> RunConfig:
-    """The run's settings, with what was typed, for a backend that is there."""
-    written = load_config(folder / CONFIG)
-    config = resolve(files=[folder / CONFIG], assignments=assignments, flags=flags).config
-    if "model.path" in flags:  # another model folder has no commit of the one before
-        config = changed(config, model=config.model.model_copy(update={"revision": None}))
-    config, notes = choose_backend(
-        config,
-        written=written.backend,
-        typed=flags.keys(),
-        probe=lambda name, device: backends.get(name).probe(device),
-        names=backends.names(),
-    )
-    for note in notes:
-        _log.info(note)
-    return config

@@ -18,7 +18,7 @@ import pytest
 import backends
 from core.config import OptimConfig
 from core.errors import OutOfMemoryError, UserError
-from core.protocols import IGNORE, Batch
+from core.protocols import IGNORE
 from tests.backends.conftest import (
     ROOT,
     assert_same_state,
@@ -390,45 +390,32 @@ print("torch" in sys.modules)
 # --- text
 
 
-def _tokenizer(end: int | None = None) -> Any:
-    return SimpleNamespace(eos_token_id=end)
-
-
-def test_greedy_text_is_the_likeliest_token_each_time(folders: dict[str, Path], kind: str) -> None:
-    """With the cache as without: every token has the lowest loss of all that could stand there."""
+def test_a_window_forgets_what_it_has_passed(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few tokens, among rows of other lengths, some of which end: the text is the same, the cache is not."""
     from backends.cuda.generate import generate
+    from backends.cuda.kv_cache import KeyValueCache
 
-    learner = open_learner("cuda", folders[kind], lora={"dropout": 0.5})
-    prompt = [5, 200, 31, 77, 150, 9, 12]
-    text = generate(learner, _tokenizer(), prompt, max_tokens=6)
-    assert len(text) == 6
-    for count in range(6):
-        row = np.array([prompt + text[:count]], np.int32)
-        inputs = np.repeat(row, VOCAB_SIZE, axis=0)
-        targets = np.full_like(inputs, IGNORE)
-        targets[:, -1] = np.arange(VOCAB_SIZE)
-        nll = learner.evaluate([Batch(np.arange(VOCAB_SIZE), inputs, targets)]).nll
-        assert int(nll.argmin()) == text[count]
-    assert generate(learner, _tokenizer(text[2]), prompt, max_tokens=6) == text[: text.index(text[2])]
-    assert learner.model.training
+    learner = open_learner("cuda", folders["mistral"])
+    prompts = [np.random.default_rng(i).integers(3, VOCAB_SIZE, n).tolist() for i, n in enumerate((2, 25, 7, 1))]
+    expected = generate(learner, SimpleNamespace(eos_token_id=None), prompts, max_tokens=16)
+    end = SimpleNamespace(eos_token_id=expected[1].ids[6])
+    forgotten: list[int] = []
+    forget = KeyValueCache.forget
 
+    def watched(cache: KeyValueCache, count: int) -> None:
+        forgotten.append(count)
+        forget(cache, count)
 
-def test_sampled_text(llama: Path) -> None:
-    from backends.cuda.generate import generate
-    from core.sampling import pick_token
-
-    learner = open_learner("cuda", llama)
-    prompt = [5, 200, 31]
-
-    def sample(**settings: Any) -> list[int]:
-        return generate(learner, _tokenizer(), prompt, max_tokens=8, **settings)
-
-    greedy = sample()
-    assert sample(temperature=1.0, top_k=1) == sample(temperature=1.0, top_p=1e-6) == greedy
-    assert sample(temperature=1.5, seed=1) == sample(temperature=1.5, seed=1)
-    assert sample(temperature=1.5, seed=1) != sample(temperature=1.5, seed=2)
-    logits = np.log([0.5, 0.3, 0.15, 0.05])
-    random = np.random.default_rng(0)
-    drawn = [pick_token(logits, 1.0, top_p=0.8, top_k=3, random=random) for _ in range(2000)]
-    # of the three likeliest (0.526, 0.316, 0.158 of their sum) two hold 0.8: 0.625 and 0.375
-    assert np.bincount(drawn, minlength=4) / 2000 == pytest.approx([0.625, 0.375, 0, 0], abs=0.04)
+    monkeypatch.setattr(KeyValueCache, "forget", watched)
+    monkeypatch.setattr("backends.cuda.generate._PREFILL", 40)  # 10 tokens of each of 4 prompts
+    monkeypatch.setattr("backends.cuda.generate.ROOM", 3)
+    monkeypatch.setattr("backends.cuda.kv_cache.ROOM", 3)
+    assert generate(learner, SimpleNamespace(eos_token_id=None), prompts, max_tokens=16) == expected
+    # window 6: of 10 tokens 5 stay, of 15 and of 10 again; then each time that there are 9
+    assert forgotten[:3] == [5, 10, 5]
+    assert set(forgotten[3:]) == {4}
+    found = generate(learner, end, prompts, max_tokens=16)
+    assert [one.ids for one in found] == [
+        one.ids[: one.ids.index(end.eos_token_id)] if end.eos_token_id in one.ids else one.ids for one in expected
+    ]
+    assert any(one.ended for one in found)

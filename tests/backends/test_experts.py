@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from safetensors.numpy import load_file, save_file
 from core.adapter import Adapter, split_name
 from core.architecture import read_architecture
 from core.census import census
+from core.handoff import replay_of_logits
 from core.protocols import IGNORE, Batch, TrainState
-from tests.backends.conftest import Open, make_adapter, make_batch, make_config, microbatches, resolved
+from tests.backends.conftest import (
+    Open,
+    make_adapter,
+    make_batch,
+    make_config,
+    microbatches,
+    open_learner,
+    resolved,
+    skip_without,
+)
 from tests.tiny import make_model
 
 MANY = [make_batch((40, 33), width=48, seed=3)]
@@ -237,3 +248,38 @@ def test_every_weight_is_counted_once(opened: Open, mixtral: Path, bits: int) ->
         "adapters": adapter.num_parameters,
     }
     assert sum(counted.values()) == learner.num_parameters
+
+
+def test_logits_are_what_the_replay_saw(opened: Open, folders: dict[str, Path], kind: str) -> None:
+    """Losses and most likely tokens worked out from them in NumPy are the replay's."""
+    learner = opened(folders[kind], lora={"dropout": 0.5})
+    batches = [*microbatches(), make_batch((5,), first_row=5, width=8)]
+    logits = [learner.target_logits(batch) for batch in batches]
+    for batch, found in zip(batches, logits, strict=True):
+        assert found.shape == (batch.num_targets, 320) and found.dtype == np.float32
+    ours, theirs = replay_of_logits(batches, logits), learner.replay(batches)
+    np.testing.assert_allclose(ours.nll, theirs.nll, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(ours.greedy, theirs.greedy)
+    nothing = replace(batches[0], targets=np.full_like(batches[0].targets, IGNORE))
+    assert learner.target_logits(nothing).shape == (0, 320)
+
+
+def test_logits_are_the_same_on_both_backends(folders: dict[str, Path], kind: str) -> None:
+    for name in ("mlx", "cuda"):
+        skip_without(name)
+    batch = make_batch((12, 9, 4), width=16)
+    found = []
+    for name in ("mlx", "cuda"):
+        learner = open_learner(name, folders[kind])
+        found.append(learner.target_logits(batch))
+        learner.close()
+    np.testing.assert_allclose(found[0], found[1], atol=2e-5)
+
+
+def test_logits_come_in_chunks_that_change_nothing(
+    backend: str, opened: Open, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, batch = opened(folders["llama"]), make_batch((12, 9, 4), width=16)
+    whole = learner.target_logits(batch)
+    monkeypatch.setattr(f"backends.{backend}.loss.CHUNK", 3)
+    np.testing.assert_allclose(learner.target_logits(batch), whole, atol=1e-6)

@@ -30,9 +30,7 @@ from tests.tiny import VOCAB_SIZE, make_model
 if missing := missing_package("mlx"):
     pytest.skip(f"mlx: {missing} is not installed", allow_module_level=True)
 
-from backends.mlx.generate import generate
 from backends.mlx.learner import MlxLearner
-from core.sampling import pick_token
 
 import mlx.core as mx  # isort: skip
 
@@ -225,77 +223,3 @@ def test_modules_that_stay_16_bit_are_named(
     assert len(named) == 1
     assert named[0].startswith("model.bits 4: 2 modules")
     assert "model.layers.1.mlp.down_proj" in named[0]
-
-
-# --- text
-
-
-def _greedy_without_cache(learner: MlxLearner, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(logits(learner, np.array([ids], np.int32))[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-NO_END = SimpleNamespace(eos_token_id=None)
-
-
-def test_greedy_text_equals_recomputation(
-    folders: dict[str, Path],
-    kind: str,
-    opened: Callable[..., MlxLearner],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """With a cache, a window that has long been passed and a prompt in several parts; dropout plays no role."""
-    folder = shutil.copytree(folders[kind], tmp_path / "model")
-    edit_config(folder, eos_token_id=None)
-    learner = opened(folder, lora={"dropout": 0.5})
-    learner.train_step(microbatches(), step=1, lr=LR)  # leaves dropout keys in the modules
-    prompt = np.random.default_rng(3).integers(3, VOCAB_SIZE, 21).tolist()
-    expected = _greedy_without_cache(learner, prompt, 16)
-    assert generate(learner, NO_END, prompt, max_tokens=16) == expected
-    monkeypatch.setattr("backends.mlx.generate._PREFILL", 8)
-    assert generate(learner, NO_END, prompt, max_tokens=16) == expected
-
-
-def test_text_stops_at_end_tokens(llama: Path, opened: Callable[..., MlxLearner], tmp_path: Path) -> None:
-    folder = shutil.copytree(llama, tmp_path / "model")
-    edit_config(folder, eos_token_id=None)
-    prompt = [5, 6, 7]
-    text = generate(opened(folder), NO_END, prompt, max_tokens=12)
-    assert len(text) == 12
-    end = next(token for token in text[3:] if token not in text[:3])
-    expected = text[: text.index(end)]
-    by_tokenizer = generate(opened(folder), SimpleNamespace(eos_token_id=end), prompt, max_tokens=12)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [VOCAB_SIZE + 1, end]}))
-    assert by_tokenizer == generate(opened(folder), NO_END, prompt, max_tokens=12) == expected
-    assert generate(opened(folder), NO_END, prompt, max_tokens=2) == text[:2]
-
-
-def test_sampled_text(llama: Path, opened: Callable[..., MlxLearner]) -> None:
-    learner = opened(llama)
-
-    def sample(**settings: Any) -> list[int]:
-        return generate(learner, NO_END, [5, 6, 7], max_tokens=8, **settings)
-
-    assert sample(temperature=5.0, seed=1) == sample(temperature=5.0, seed=1)
-    assert sample(temperature=5.0, seed=1) != sample(temperature=5.0, seed=2)
-    assert sample(temperature=5.0, top_k=1, seed=3) == sample()
-    assert sample(temperature=1e-4, seed=3) == sample()
-
-
-def test_pick_token_draws_what_it_should() -> None:
-    """Probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1; 0.64, 0.16, 0.04, 0.04 over 0.88 at 1/2 (squares)."""
-    values = np.log([0.125, 0.5, 0.125, 0.25])
-
-    def shares(temperature: float, top_p: float = 1.0, top_k: int = 0) -> np.ndarray:
-        random = np.random.default_rng(0)
-        drawn = [pick_token(values, temperature, top_p=top_p, top_k=top_k, random=random) for _ in range(4000)]
-        return np.bincount(drawn, minlength=4) / 4000
-
-    np.testing.assert_allclose(shares(1.0), [0.125, 0.5, 0.125, 0.25], atol=0.03)
-    np.testing.assert_allclose(shares(0.5), np.array([1, 16, 1, 4]) / 22, atol=0.03)
-    np.testing.assert_allclose(shares(1.0, top_k=2), [0, 2 / 3, 0, 1 / 3], atol=0.03)
-    np.testing.assert_allclose(shares(1.0, top_p=0.6), [0, 2 / 3, 0, 1 / 3], atol=0.03)
-    assert shares(1.0, top_p=0.3).tolist() == [0, 1, 0, 0]

@@ -69,6 +69,8 @@ def test_three_steps_and_an_evaluation_are_the_same(opened: Open, model: Path, b
     else:
         np.testing.assert_array_equal(after.expert_tokens, before.expert_tokens)
     np.testing.assert_allclose(fast.replay(validation).nll, plain.replay(validation).nll, rtol=1e-4, atol=1e-6)
+    for batch in validation:
+        np.testing.assert_allclose(fast.target_logits(batch), plain.target_logits(batch), rtol=1e-4, atol=1e-5)
 
 
 def test_the_same_arithmetic_gives_the_same_bits(opened: Open, model: Path) -> None:

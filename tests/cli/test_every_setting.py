@@ -100,6 +100,7 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "eval.every": "3",
     "eval.probe_rows": "4",
     "eval.batch_size": "1",
+    "eval.general": "true",
     "guard.patience": ("1", ("optim.lr=1e-30", "train.epochs=3")),
     "guard.min_delta": ("10", ("guard.patience=1", "train.epochs=3")),
     "guard.grades": "[1.0e-6, 2.0e-6, 3.0e-6]",
@@ -110,7 +111,8 @@ CHANGES: dict[str, str | tuple[str, tuple[str, ...]]] = {
     "moe.aux_loss_weight": ("0", ("model.path=./moe", "moe.train_router=true")),
     "moe.train_router": ("true", ("model.path=./moe",)),
     "log.every": "1",
-    "log.trackers": "[wandb]",
+    "log.trackers": "[tensorboard]",
+    "log.project": ("other", ("log.trackers=[trackio]",)),
 }
 
 

@@ -148,6 +148,7 @@ BAD_VALUES = [
     ("eval.every", "0"),
     ("eval.probe_rows", "0"),
     ("eval.batch_size", "0"),
+    ("eval.general", "sometimes"),
     ("guard.patience", "0"),
     ("guard.min_delta", "-1"),
     ("guard.grades", "[0.1, 0.2]"),
@@ -160,6 +161,7 @@ BAD_VALUES = [
     ("moe.train_router", "2"),
     ("log.every", "0"),
     ("log.trackers", "[tensorbord]"),
+    ("log.project", "[x]"),
 ]
 
 

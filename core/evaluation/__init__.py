@@ -1,0 +1,1 @@
+"""What `evaluate` finds: scores, intervals, files, pictures, screen. How it is found: `core.workflow.evaluate`."""

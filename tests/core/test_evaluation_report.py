@@ -1,0 +1,139 @@
+"""Excerpts, the files of an evaluation and its screen."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from core.evaluation.classification import classify
+from core.evaluation.labels import LabelScheme
+from core.evaluation.losses import pair_losses
+from core.evaluation.plots import CONFUSION, F1, LOSS_DIFFERENCES, write_plots
+from core.evaluation.report import (
+    PLOTS,
+    REPORT,
+    Answers,
+    Evaluation,
+    Row,
+    excerpt,
+    rows_csv,
+    summary_csv,
+    without_common,
+    write_report,
+)
+from core.evaluation.screen import print_evaluation
+
+SCHEME = LabelScheme(("yes", "no"), None)
+
+
+def evaluation(*, has_answers: bool = True, num_rows: int = 8) -> Evaluation:
+    """Every row gains but the first; the adapter answers all right, the base model says yes to all."""
+    truth = ["yes", "no"] * (num_rows // 2)
+    texts = {"base": ["yes"] * num_rows, "adapter": truth}
+    answers = {
+        side: Answers(some, [True] * num_rows, [SCHEME.read(text) for text in some]) for side, some in texts.items()
+    }
+    targets = np.full(num_rows, 4)
+    base = np.linspace(8.0, 16.0, num_rows)
+    adapter = base - 2.0
+    adapter[0] = base[0] + 1.0
+    options: dict[str, object] = {}
+    if has_answers:
+        readings = [answers[side].readings or [] for side in ("base", "adapter")]
+        options["classification"] = classify(SCHEME, truth, *readings, seed=0, confidence=0.95)
+        options["answers"] = answers
+    return Evaluation(
+        run="runs/moods",
+        model="some/model",
+        backend="mlx",
+        device="CPU",
+        precision="16-bit",
+        data="moods.jsonl",
+        split="test",
+        notes=["a note"],
+        rows=[Row(at, f"moods.jsonl:{at + 1}", f'Is it {at}, "so"?\n', truth[at], truth[at]) for at in range(num_rows)],
+        num_available=20,
+        base_nll=base,
+        adapter_nll=adapter,
+        num_targets=targets,
+        losses=pair_losses(base, adapter, targets, seed=0, confidence=0.95),
+        settings={"max_tokens": 8},
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def test_the_report_names_rows_from_either_end(tmp_path: Path) -> None:
+    write_report(tmp_path, evaluation())
+    report = json.loads((tmp_path / REPORT).read_text())
+    worst, best = report["rows"]["worst"], report["rows"]["best"]
+    assert worst[0]["origin"] == "moods.jsonl:1" and worst[0]["difference"] == pytest.approx(0.25)
+    assert worst[0]["adapter_loss"] - worst[0]["base_loss"] == pytest.approx(0.25)
+    assert best[0]["difference"] == pytest.approx(-0.5) and best[-1]["origin"] == "moods.jsonl:1"
+    assert report["losses"]["num_rows_worse"] == 1
+    # F1 of yes 2/3 and of no 0: the base model's macro F1 is 1/3
+    assert report["classification"]["base"]["f1"] == pytest.approx(1 / 3)
+    assert report["classification"]["f1_gain"] == pytest.approx(2 / 3)
+    assert report["verdict"] == report["classification"]["verdict"]
+    assert report["general"] is None and report["gate"] is None
+
+
+def test_tables_read_back() -> None:
+    found = evaluation()
+    rows = list(csv.DictReader(io.StringIO(rows_csv(found))))
+    assert [row["adapter_label"] for row in rows] == ["yes", "no"] * 4
+    assert [row["base_answer"] for row in rows] == ["yes"] * 8
+    sides = list(csv.DictReader(io.StringIO(summary_csv(found))))
+    assert [side["side"] for side in sides] == ["base", "adapter"]
+    assert float(sides[0]["accuracy"]) == 0.5 and float(sides[1]["f1"]) == 1.0
+    assert sides[1]["strict_json"] == "" and sides[1]["rouge_l"] == ""
+    plain = list(csv.DictReader(io.StringIO(rows_csv(evaluation(has_answers=False)))))
+    assert plain[0].keys() == {"row", "origin", "num_targets", "base_loss", "adapter_loss", "difference"}
+
+
+@pytest.mark.parametrize("num_rows", [8, 1000])
+def test_pictures_of_what_there_is(tmp_path: Path, num_rows: int) -> None:
+    write_plots(tmp_path, evaluation(num_rows=num_rows))
+    there = {path.name for path in (tmp_path / PLOTS).iterdir()}
+    assert there == {LOSS_DIFFERENCES, CONFUSION, F1}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / PLOTS).iterdir())
+    write_plots(tmp_path, evaluation(has_answers=False))  # those of an earlier evaluation go
+    assert {path.name for path in (tmp_path / PLOTS).iterdir()} == {LOSS_DIFFERENCES}
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_screen_says_the_verdict_first_and_fits(width: int) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, color_system=None)
+    print_evaluation(
+        evaluation(),
+        console=console,
+        folder="here",
+        general=[],
+        gate="Keep it: so",
+        next_command="python cli.py merge x",
+    )
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= width
+    assert lines[2] == "No difference that these rows could show: F1 0.333 → 1.000 on 8 test rows"  # 4 rows differ
+    assert any("7 better, 1 worse" in line and "(8 of 20)" in line for line in lines)
+    assert any(line.startswith('  got worst  moods.jsonl:1  +0.250  0, "so"?') for line in lines)
+    assert lines[-1].endswith("python cli.py merge x") and any("Keep it: so" in line for line in lines)
+
+
+def test_excerpts() -> None:
+    assert excerpt("a\n  b", 10) == "a b"
+    assert excerpt("abcdefgh", 5) == "abcd…"
+
+
+def test_what_all_questions_repeat_is_left_out() -> None:
+    texts = ["Premise: One dog. Answer with JSON.", "Premise: Two tall cats. Answer with JSON."]
+    assert without_common(texts) == ["One dog.", "Two tall cats."]
+    assert without_common(["same words", "same words"]) == ["same words", "same words"]
+    assert without_common(["a b", "a b c"]) == ["a b", "a b c"]
+    assert without_common([]) == [] and without_common(["one"]) == ["one"]
