@@ -51,7 +51,7 @@ def generate(
         tokenizer: gives `eos_token_id`; the model's own generation settings may add more end tokens.
         prompts: token ids, at least one each, of any lengths.
         max_tokens: of each answer, without its end token. An answer also stops where it and its prompt fill the
-            model (`max_length`).
+            positions that the model was made for; a prompt that fills them gets none.
         sampling: how the next token is chosen.
         keys: one per prompt; with `sampling.seed` a key decides the row's draws, whatever batch it is in and on
             either backend. None: its place in the batch.
@@ -65,11 +65,4 @@ def generate(
     found: list[Continuation] = module.generate(
         learner, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, keys=keys, on_token=on_token
     )
-    return found
-
-
-def max_length(name: str, learner: Learner) -> int | None:
-    """Tokens of prompt and answer together that the model of a learner of backend `name` was made for; None: any."""
-    module = importlib.import_module(f"backends.{name}.generate")
-    found: int | None = module.max_length(learner)
     return found

@@ -127,6 +127,7 @@ def push(args: argparse.Namespace) -> int:
         license_name=args.license,
         dry_run=args.dry_run,
         assume_yes=args.yes,
+        base_model=args.base_model,
         console=make_console(),
     )
 
@@ -285,6 +286,7 @@ def _add_push(commands: Any) -> None:
     command.add_argument("--repo", required=True, metavar="NAME", help="user/name")
     command.add_argument("--merged", metavar="DIR", help="a merged model instead of the adapter")
     command.add_argument("--public", action="store_true", help="for everybody (default: private)")
+    command.add_argument("--base-model", metavar="NAME", help="its name on the hub, if the run's model is a folder")
     command.add_argument("--license", metavar="ID", help="of what is uploaded, such as apache-2.0")
     command.add_argument("--dry-run", action="store_true", help="show every file and the card; upload nothing")
     command.add_argument("--yes", action="store_true", help="upload what is shown without asking")

@@ -38,7 +38,7 @@ _IGNORED = frozenset({"output"})
 _LUCK = frozenset({"train.seed"})
 
 Value = float | int | str | None
-Kind = Literal["loss", "effort", "test"]
+Kind = Literal["loss", "effort", "test", "model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ class Figure:
     show: Callable[[Any], str]
     better: Literal["low", "high"] | None = None
     kind: Kind = "effort"
-    """What has to be the same before one can be called better: validation rows, nothing, test rows."""
+    """What has to be the same before one can be called better: validation rows, nothing, test rows, the base
+    model."""
 
 
 def _three(value: float) -> str:
@@ -77,7 +78,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("test_gain_interval", "test gain, interval", str),
     Figure("f1", "F1", _three, "high", "test"),
     Figure("f1_interval", "F1, interval", str),
-    Figure("forgotten", "loss rise elsewhere", _three, "low", "effort"),
+    Figure("forgotten", "loss rise elsewhere", _three, "low", "model"),
 )
 """Losses and gaps in nats per target token."""
 
@@ -232,7 +233,12 @@ def _best(runs: Sequence[ComparedRun], *, same_rows: bool) -> dict[str, int]:
         values = [(_rank(figure, run), place) for place, run in enumerate(runs) if run.is_complete]
         known = sorted((value, place) for value, place in values if value is not None)
         tests = {run.test_on for run in runs if run.figures.get(figure.name) is not None}
-        if len(known) < 2 or (figure.kind == "test" and len(tests) != 1):
+        models = {run.model for run in runs if run.figures.get(figure.name) is not None}
+        if (
+            len(known) < 2
+            or (figure.kind == "test" and len(tests) != 1)
+            or (figure.kind == "model" and len(models) != 1)
+        ):
             continue
         # gaps of one grade are alike: what is told apart are grades
         name = "grade" if figure.name == "gap" else figure.name

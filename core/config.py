@@ -228,7 +228,7 @@ class LogConfig(Section):
     """Optimiser steps between records in metrics.jsonl."""
     trackers: list[Literal["wandb", "tensorboard", "trackio", "mlflow"]] = []
     """Experiment trackers to write to as well. One that fails never stops a run."""
-    project: str = "twinkeel"
+    project: Annotated[str, Field(min_length=1)] = "twinkeel"
     """The trackers' project (MLflow: experiment)."""
 
 

@@ -149,7 +149,8 @@ def _verdict(facts: Facts) -> list[str]:
 
 def doubts(facts: Facts) -> list[str]:
     """Why someone might not want to use it; shown before the upload and at the top of the card."""
-    return [*_training_doubts(facts), *(facts.evaluation.doubts() if facts.evaluation is not None else ())]
+    evaluated = facts.evaluation.doubts() if facts.evaluation is not None else ()
+    return [*_training_doubts(facts), *evaluated, *_merge_doubts(facts)]
 
 
 def _training_doubts(facts: Facts) -> Iterator[str]:
@@ -193,7 +194,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "gap", f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}] ({level} interval), {gap.grade}"
     if (base_gap := number(summary.get("base_gap"))) is not None:
         yield "gap before training", f"{base_gap:.3f}"
-    if summary.get("best_step"):
+    if gap is not None and summary.get("best_step"):
         yield "best at", f"epoch {summary.get('best_epoch')}, step {summary['best_step']}"
     yield "adapter", _adapter(facts)
     stopped = {"early_stopped": ", stopped early", "interrupted": ", interrupted", "failed": ", failed"}
@@ -253,6 +254,15 @@ def _merge(facts: Facts) -> Iterator[str]:
     if quantised is not None:
         yield f"| merged, 4 bits | {quantised:.4f} |"
     yield ""
+
+
+def _merge_doubts(facts: Facts) -> Iterator[str]:
+    check = (facts.merge or {}).get("check")
+    merged, quantised = (
+        number(check.get(name)) if isinstance(check, Mapping) else None for name in ("merged_loss", "quantised_loss")
+    )
+    if merged is not None and quantised is not None and quantised - merged >= facts.config.guard.grades[0]:
+        yield f"quantising it to 4 bits cost {quantised - merged:.3f} nats per target token on the rows of the check"
 
 
 def _data(facts: Facts) -> Iterator[str]:

@@ -22,6 +22,7 @@ from core.monitor import Snapshot
 from core.overfitting import GRADES
 from core.records import Record, number
 from core.run import COMPLETE
+from core.verdict import NOT_JUDGED, next_command
 
 NARROW = 60
 _FACTS_WIDTH = 36
@@ -394,7 +395,7 @@ def _ending(snapshot: Snapshot) -> Iterable[tuple[str, str]]:
         step = state.get("last_checkpoint_step")
         yield f"{resume}   ({f'from step {step}' if step else 'no checkpoint yet'})", ""
     elif snapshot.status in COMPLETE:
-        yield f'next: python cli.py generate {folder} --prompt "…"', ""
+        yield f"next: {next_command(folder, is_judged=not state.get(NOT_JUDGED))}", ""
 
 
 def evaluation_line(snapshot: Snapshot) -> str:

@@ -13,7 +13,7 @@ from core.plots import MAX_BINS, binned
 from core.protocols import FloatArray
 from core.records import Record, number
 from core.report import RunReport, start_of
-from core.report_charts import HEAT_BOUNDS, Chart, Key, heat_map, limits
+from core.report_charts import Chart, Key, heat_map, limits
 from core.routing import Routing, shares_of
 
 MAX_EVALUATIONS = 240
@@ -281,5 +281,5 @@ def _entropy(shares: FloatArray) -> FloatArray:
     return Routing(tokens=counts, experts_per_token=1).entropy
 
 
-HEAT_WORDS = ("below a quarter", "a quarter", "three quarters", "five quarters", f"{HEAT_BOUNDS[-1]:g} times or more")
-"""Of its even share, that each shade stands for, from the lightest."""
+HEAT_WORDS = ("below a quarter", "up to three quarters", "about its even share", "up to twice", "twice or more")
+"""Of its even share, that each shade stands for (`HEAT_BOUNDS`), from the lightest."""

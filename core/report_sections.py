@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.compare import interval
+from core.general import CategoryScores, GeneralReport, WorstText
 from core.records import number, whole
 from core.report_curves import Table
 
@@ -190,8 +191,9 @@ def _is_matrix(matrix: Any, num_labels: int) -> bool:
 
 
 def _rows(rows: Mapping[str, Any]) -> Iterator[RowGroup]:
-    for name, title in (("worst", "Rows that got worst"), ("best", "Rows that got best")):
-        listed = [row for row in rows.get(name) or [] if isinstance(row, dict)][:_MAX_ROWS]
+    for name, title, sign in (("worst", "Rows that got worse", 1), ("best", "Rows that got better", -1)):
+        known = [row for row in rows.get(name) or [] if isinstance(row, dict)]
+        listed = [row for row in known if sign * (number(row.get("difference")) or 0.0) > 0][:_MAX_ROWS]
         if listed:
             cells = tuple(
                 (
@@ -230,15 +232,25 @@ def forgetting_section(general: Mapping[str, Any]) -> ForgettingSection | None:
     ]
     if num_rows := whole(general.get("num_rows")):
         facts.append(("texts", f"{num_rows:,}"))
-    return ForgettingSection(
-        forgetting_line(general, rise, ends), tuple(facts), _categories(general), _worst_texts(general)
-    )
+    return ForgettingSection(_headline(general, rise, ends), tuple(facts), _categories(general), _worst_texts(general))
 
 
-def forgetting_line(general: Mapping[str, Any], rise: float, ends: str | None) -> str:
-    words = {"forgotten": "Forgotten", "improved": "Nothing forgotten", "unchanged": "Nothing forgotten that shows"}
-    answer = words.get(str(general.get("verdict")), "Elsewhere")
-    return f"{answer}: the loss on general texts moved by {rise:+.3f} {ends or ''}".rstrip() + "."
+def _headline(general: Mapping[str, Any], rise: float, ends: str | None) -> str:
+    """As `evaluate` says it; a shorter one for a report that another version wrote."""
+    try:
+        return _restored(general).lines[0]
+    except (TypeError, AttributeError):
+        words = {"forgotten": "Forgotten", "improved": "Nothing forgotten", "unchanged": "Nothing forgotten that shows"}
+        answer = words.get(str(general.get("verdict")), "Elsewhere")
+        return f"{answer}: the loss on general texts moved by {rise:+.3f} {ends or ''}".rstrip()
+
+
+def _restored(general: Mapping[str, Any]) -> GeneralReport:
+    """From what `GeneralReport.to_dict` and JSON made of it. Raises: TypeError, AttributeError: it is another's."""
+    values = {name: value for name, value in general.items() if name != "verdict"}
+    values["categories"] = {name: CategoryScores(**scores) for name, scores in values["categories"].items()}
+    values["worst"] = [WorstText(**text) for text in values["worst"]]
+    return GeneralReport(**values)
 
 
 def _categories(general: Mapping[str, Any]) -> Table | None:

@@ -42,6 +42,7 @@ from core.prefix import PrefixReport
 from core.protocols import Learner, RowLosses, Tensors
 from core.records import whole
 from core.remeasure import remeasure
+from core.row_history import describe_rows
 from core.row_losses import read_row_losses
 from core.run import ADAPTERS, CONFIG, LOG, RUNS, RunState, read_state, write_split, write_summary
 from core.schedule import SCHEDULE_STEPS, plan_steps
@@ -49,7 +50,7 @@ from core.screen import TrainScreen, count, logging_to_file
 from core.signals import InterruptFlag
 from core.trackers.process import tracking
 from core.trainer import Trainer
-from core.verdict import NOT_JUDGED, not_judged, summarize, verdict_lines
+from core.verdict import NOT_JUDGED, next_command, not_judged, summarize, verdict_lines
 
 if TYPE_CHECKING:
     from core.workflow.job import Job
@@ -246,7 +247,8 @@ class Session:
             gap=self._trainer.progress.best_gap,
             guard=self._config.guard,
             folder=self._folder,
-            next_command=f'python cli.py generate {self._folder} --prompt "…"',
+            next_command=next_command(self._folder, is_judged=self._trainer.is_judged),
+            rows=describe_rows(self._folder),
         )
         for line in ["", *lines]:
             _log.info(line)

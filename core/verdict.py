@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,19 @@ def not_judged(config: RunConfig) -> str:
 
 
 def verdict_lines(
-    summary: Mapping[str, Any], *, gap: Gap | None, guard: GuardConfig, folder: Path, next_command: str
+    summary: Mapping[str, Any],
+    *,
+    gap: Gap | None,
+    guard: GuardConfig,
+    folder: Path,
+    next_command: str,
+    rows: Sequence[str] = (),
 ) -> list[str]:
-    """The verdict for a person: the answer first, then the numbers, then where the files are and what to type."""
+    """The verdict for a person: the answer first, then the numbers, then where the files are and what to type.
+
+    Args:
+        rows: what is to be said of single rows (`core.row_history.describe_rows`).
+    """
     if summary.get(NOT_JUDGED):
         return _unjudged_lines(summary, folder=folder, next_command=next_command)
     if gap is None:
@@ -98,6 +108,7 @@ def verdict_lines(
         f"  gap               {gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]   {gap.grade}{_before(summary)}",
         *_doubt(summary, gap, guard),
         *_general(summary),
+        *rows,
         f"  {_size(summary)}",
         "",
         f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
@@ -177,3 +188,8 @@ def _size(summary: Mapping[str, Any]) -> str:
         f"{duration(summary['wall_seconds'])}, {summary['tokens_per_second']:,.0f} tok/s, "
         f"{summary['peak_memory_gb']:.1f} GB"
     )
+
+
+def next_command(folder: Path, *, is_judged: bool) -> str:
+    """What to type after a run: rows that were held out are evaluated, and without them answers are looked at."""
+    return f"python cli.py evaluate {folder}" if is_judged else f'python cli.py generate {folder} --prompt "…"'

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 TENSOR_LIBRARIES = {"torch", "mlx", "mlx_lm", "transformers", "peft", "bitsandbytes", "accelerate"}
 HEAVY = TENSOR_LIBRARIES | {"numpy", "pydantic", "rich", "pandas", "datasets", "yaml", "safetensors", "matplotlib"}
 HEAVY |= {"rensa", "pypdf", "bs4", "pylatexenc", "tree_sitter", "detect_secrets"}
+HEAVY |= {"sklearn", "scipy", "rouge_score", "huggingface_hub", "wandb", "mlflow", "trackio", "tensorboard"}
 ABOVE_CORE = {"data", "backends", "cli"}
 KNOWS_ALL = "core.workflow"
 """The package that puts the rest together."""

@@ -39,7 +39,7 @@ def generate(
             _Decoder(learner),
             prompts,
             max_tokens=max_tokens,
-            max_length=max_length(learner),
+            max_length=_max_length(learner),
             ends=end_tokens(tokenizer, settings),
             sampling=sampling,
             keys=keys,
@@ -52,8 +52,8 @@ def generate(
         return within_memory(run, device=learner.device, doing=doing)
 
 
-def max_length(learner: CudaLearner) -> int | None:
-    """See `backends.max_length`."""
+def _max_length(learner: CudaLearner) -> int | None:
+    """Tokens of prompt and answer together that the model was made for; None: any number."""
     found: int | None = getattr(learner.model.config, "max_position_embeddings", None)
     return found
 

@@ -37,7 +37,7 @@ def generate(
             _Decoder(learner),
             prompts,
             max_tokens=max_tokens,
-            max_length=max_length(learner),
+            max_length=_max_length(learner),
             ends=end_tokens(tokenizer, learner.network.end_tokens),
             sampling=sampling,
             keys=keys,
@@ -45,8 +45,8 @@ def generate(
         )
 
 
-def max_length(learner: MlxLearner) -> int | None:
-    """See `backends.max_length`."""
+def _max_length(learner: MlxLearner) -> int | None:
+    """Tokens of prompt and answer together that the model was made for; None: any number."""
     found: int | None = getattr(learner.network.module.args, "max_position_embeddings", None)
     return found
 

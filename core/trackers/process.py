@@ -31,6 +31,8 @@ STOP_SECONDS = 10.0
 """Likewise one that was stopped: who stopped it wants to go."""
 LOCK_SECONDS = 30.0
 """What a run that goes on waits for the tracker of the process that was killed."""
+ORPHAN_SECONDS = 60.0
+"""How long a tracker outlives a run that was killed, to send what is written already."""
 _QUIET_SECONDS = 3.0
 """From where waiting is said."""
 _POLL_SECONDS = 0.05
@@ -84,9 +86,9 @@ class TrackerProcess:
         self.heard = time.monotonic()
         """When it last said something."""
         self._on_change = on_change
-        worker = ("-m", "core.trackers.worker", str(folder), name, KINDS[name].place, str(lock_seconds))
+        seconds = (str(lock_seconds), str(ORPHAN_SECONDS))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", *worker],
+            [sys.executable, "-P", "-m", "core.trackers.worker", str(folder), name, KINDS[name].place, *seconds],
             env=for_worker(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

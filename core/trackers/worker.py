@@ -1,6 +1,6 @@
 """The process that stands between the journal and one tracker.
 
-    python -m core.trackers.worker RUN NAME PLACE PATIENCE
+    python -m core.trackers.worker RUN NAME PLACE LOCK_SECONDS ORPHAN_SECONDS
 
 It follows `metrics.jsonl` from its beginning, sends what the tracker does not have yet, and ends when its input is
 closed: by the run's process at its end, or by the system when that process was killed. Whether the run is over then,
@@ -19,6 +19,7 @@ import os
 import select
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -39,8 +40,6 @@ from core.trackers.points import flat, point_of
 POLL_SECONDS = 0.5
 CHUNK = 50
 """Points that are sent at once, when there are so many."""
-ORPHAN_SECONDS = 60.0
-"""How long the process outlives a run that was killed, to send what is written already."""
 NICENESS = 10
 """The training goes first where processors are few."""
 
@@ -167,7 +166,9 @@ def facts_of(folder: Path, *, run_id: str, project: str) -> RunFacts:
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when all was sent."""
-    folder, name, place, patience = Path(arguments[0]), arguments[1], arguments[2], float(arguments[3])
+    folder, name, place = Path(arguments[0]), arguments[1], arguments[2]
+    lock_seconds, orphan_seconds = map(float, arguments[3:5])
+    threading.Thread(target=_end_with, args=(os.getppid(), orphan_seconds), daemon=True).start()
     (folder / FOLDER).mkdir(exist_ok=True)
     channel = _take_output(folder / FOLDER / f"{name}.log")
     os.nice(NICENESS)
@@ -181,9 +182,9 @@ def main(arguments: list[str]) -> int:
 
     feed: Feed | None = None
     try:
-        with writing_alone(folder, name, patience=patience):
+        with writing_alone(folder, name, patience=lock_seconds):
             feed = Feed(folder, name, load(place), report=report)
-            feed.run(_InputClosed(os.getppid()))
+            feed.run(_InputClosed())
             report({"event": "done"})
     except BaseException as error:
         print(without_secrets(traceback.format_exc()), file=sys.stderr, flush=True)
@@ -205,22 +206,24 @@ def _take_output(log: Path) -> IO[str]:
     return channel
 
 
-class _InputClosed:
-    """Whether the process that started this one has closed our input, or is gone."""
+def _end_with(parent: int, seconds: float) -> None:
+    """Ends this process so long after the one that started it was killed: nobody else would when a tracker hangs."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    time.sleep(seconds)
+    os._exit(1)
 
-    def __init__(self, parent: int) -> None:
-        self._parent = parent
+
+class _InputClosed:
+    """Whether the process that started this one has closed our input, as the system does for one that was killed."""
+
+    def __init__(self) -> None:
         self._is_closed = False
 
     def __call__(self, seconds: float) -> bool:
         """Waits for it so long."""
         if not self._is_closed and select.select([sys.stdin], [], [], seconds)[0]:
             self._is_closed = not os.read(sys.stdin.fileno(), 1)
-            if self._is_closed and os.getppid() != self._parent:
-                # nobody is left to end us when the tracker hangs
-                timer = threading.Timer(ORPHAN_SECONDS, os._exit, (1,))
-                timer.daemon = True
-                timer.start()
         return self._is_closed
 
 

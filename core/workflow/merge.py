@@ -119,7 +119,8 @@ def merge(
         with Draft(target) as draft:
             lines = _write_all(run, plan, draft, options, check=check, console=console)
             draft.keep()
-        for line in ["", *lines, *_next(target, folder, options)]:
+        gguf_files = [path.name for path in target.glob("*.gguf")]
+        for line in ["", *lines, *_next(target, folder, options, gguf_files)]:
             _log.info(line)
     return 0
 
@@ -206,7 +207,8 @@ def _check(run: TrainedRun, merged: Path, quantised: Path | None) -> MergeCheck 
     """
     if (config := _check_config(run)) is None:
         return None
-    batches, rows = _rows(run)
+    four_bits = quantised is not None or config.model.bits == 4
+    batches, rows = _rows(run, num_batches=_num_batches(run, four_bits=four_bits))
     try:
         with opened_run(replace(run, config=config)) as opened:
             base = opened.use("base").replay(batches)
@@ -285,7 +287,12 @@ def _replay(
         learner.close()
 
 
-def _rows(run: TrainedRun) -> tuple[list[Batch], str]:
+def _num_batches(run: TrainedRun, *, four_bits: bool) -> int:
+    """MLX's 4-bit products are some 20 times slower than others on a CPU."""
+    return 1 if four_bits and run.backend.name == "mlx" and not run.device.accelerator else NUM_BATCHES
+
+
+def _rows(run: TrainedRun, *, num_batches: int) -> tuple[list[Batch], str]:
     """Rows that the run held out, as far as they are at hand, and what they are, in words."""
     try:
         data = load_rows(run.config, run.model, run.architecture, say_findings=False)
@@ -296,7 +303,7 @@ def _rows(run: TrainedRun) -> tuple[list[Batch], str]:
         held_out = load_rows(sample, run.model, run.architecture, say_findings=False).validation
         name = "rows of the shipped sample"
     chosen: list[Batch] = []
-    for batch in held_out[:NUM_BATCHES]:
+    for batch in held_out[:num_batches]:
         if chosen and sum(one.num_tokens for one in chosen) + batch.num_tokens > _MAX_POSITIONS:
             break
         chosen.append(batch)
@@ -349,7 +356,7 @@ def _said(
     return lines
 
 
-def _next(target: Path, folder: Path, options: _Options) -> list[str]:
+def _next(target: Path, folder: Path, options: _Options, gguf_files: Sequence[str]) -> list[str]:
     """What to type now."""
     place = shlex.quote(str(target))
     loads = {
@@ -361,6 +368,8 @@ def _next(target: Path, folder: Path, options: _Options) -> list[str]:
     if options.four_bits:
         is_mlx = "mlx" in options.four_bits.__name__
         del loads["vLLM"], loads["transformers" if is_mlx else "mlx-lm"]
+    for name in gguf_files:
+        loads["llama.cpp"] = f"llama-cli -m {shlex.quote(str(target / name))}"
     lines = [f"{name:<13}{how}" for name, how in loads.items()]
     push = f"python cli.py push {shlex.quote(str(folder))} --merged {place} --repo USER/NAME"
     return [*in_block("use", lines), *in_block("publish", [push])]

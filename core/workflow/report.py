@@ -38,7 +38,7 @@ PAGE = "report.html"
 MAX_ROWS = 20_000
 """Rows of a data set that are gone over again for a report."""
 _MAX_ROW_NAMES = 8
-_EXCERPT_TOKENS = 160
+_EXCERPT_TOKENS = 80
 _EXCERPT = 110
 _log = logging.getLogger("twinkeel")
 
@@ -215,17 +215,18 @@ def texts_of(config: RunConfig, data: FoundData, names: Collection[tuple[str, in
     for split, number in names:
         rows = getattr(data.prepared, split)
         if number < len(rows):
-            found[split, number] = _excerpt(tokenizer, rows.ids[number], rows.is_target[number])
+            found[split, number] = _excerpt(
+                tokenizer, rows.ids[number], rows.is_target[number], max_tokens=config.data.max_tokens
+            )
     return found
 
 
-def _excerpt(tokenizer: Any, ids: Any, is_target: Any) -> str:
-    """The end of the prompt, and the answer's beginning."""
-    first = int(is_target.argmax())
-    start = max(first - _EXCERPT_TOKENS // 2, 0)
-    part = slice(start, first + _EXCERPT_TOKENS // 2)
-    shown = pieces(tokenizer, ids[part], is_target[part], is_cut=True)
+def _excerpt(tokenizer: Any, ids: Any, is_target: Any, *, max_tokens: int) -> str:
+    """The end of the prompt, and the answer's beginning. Secrets are found in the row from its first token on."""
+    stop = int(is_target.argmax()) + _EXCERPT_TOKENS
+    is_cut = stop < len(ids) or len(ids) >= max_tokens
+    shown = pieces(tokenizer, ids[:stop], is_target[:stop], is_cut=is_cut)
     asked = " ".join("".join(one.text for one in shown if not one.is_target and not one.is_special).split())
     answer = "".join(one.text for one in shown if one.is_target and not one.is_special)
     asked = asked if len(asked) <= _EXCERPT // 2 else f"…{asked[-_EXCERPT // 2 :]}"
-    return f"{asked} → {excerpt(answer, _EXCERPT // 2)}"
+    return f"{asked} → {excerpt(answer, _EXCERPT // 2)}" if asked else excerpt(answer, _EXCERPT)

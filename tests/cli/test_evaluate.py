@@ -278,6 +278,20 @@ def test_a_split_that_is_not_there(run_cli: Cli, run: Path, tmp_path: Path) -> N
     refused(run_cli("evaluate", run, "--split", "test"), "no test rows", "--set data.test=0.1")
 
 
+def test_a_run_on_all_rows(run_cli: Cli, run: Path) -> None:
+    """As the run after the folds: what is kept for testing judges it, and without that nothing does."""
+    config = (run / "config.yaml").read_text().replace("  folds: null", "  folds: 2")
+    config = config.replace("  validation: 0.2", "  validation: 0.0")
+    (run / "config.yaml").write_text(config)
+    assert run_cli("evaluate", run, "--no-generate").code == 0
+    assert report_of(run / "evaluation")["split"] == "test"
+    (run / "config.yaml").write_text(config.replace("  test: 0.3", "  test: 0.0"))
+    refused(run_cli("evaluate", run), "was trained on: none is left to judge by", "--data")
+    assert run_cli("evaluate", run, "--split", "train", "--no-generate").code == 0
+    report = report_of(run / "evaluation")
+    assert report["losses"]["num_rows"] == NUM_ROWS and "these rows were trained on" in report["notes"][-1]
+
+
 def test_data_that_can_not_be_read(run_cli: Cli, run: Path, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"foo": 1}\n')
     refused(run_cli("evaluate", run, "--data", tmp_path / "other.jsonl"), "other.jsonl")

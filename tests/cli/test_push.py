@@ -9,8 +9,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +27,11 @@ from core.architecture import read_architecture
 from core.folds import FINAL
 from core.run import RunLock
 from tests.cli.conftest import COLOURS, Result, write_rows
+from tests.cli.pushing import BASE, NAME, assert_peft_snippet_works, go_online, is_one_mistake, shown, typed
 from tests.hub_server import TOKEN, Failure, HubServer, Stored, hub_server
 from tests.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
-NAME = "alice/colours"
-BASE = "org/base"
 SECRET = "carol-quarterly-figures"
 """Stands in every path of the run."""
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "adapters.safetensors"}
@@ -103,48 +102,7 @@ def push(run_cli: Callable[..., Result], trained: Trained, hub: HubServer, monke
     return run
 
 
-def go_online(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """huggingface_hub reads its environment when it is imported, and the tests' says offline."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-def shown(out: str) -> dict[str, str]:
-    """Name of a file -> the beginning of its checksum, as the table has them."""
-    return dict(re.findall(r"^  (\S+) +[\d.]+ [kMG]?B  sha256 (\w{16})", out, re.MULTILINE))
-
-
-def is_one_mistake(result: Result, what: str) -> bool:
-    """Exit code 2, a line and a hint; neither a traceback, a URL nor the token."""
-    lines = result.err.splitlines()
-    assert result.code == 2, result
-    assert len(lines) == 2 and lines[0].startswith("error: ") and what in lines[0], result.err
-    assert "://" not in result.err and "secretSignature" not in result.err
-    assert TOKEN not in result.out + result.err
-    return True
-
-
 # --- the whole way ----------------------------------------------------------------------------------------------------
-
-
-def typed(*command: object, hub: HubServer, home: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """A process of its own, in which huggingface_hub reads its environment."""
-    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(
-        [str(part) for part in command],
-        env=environment | {"HOME": str(home), "HF_HOME": str(cwd / "hf")},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def test_an_upload_is_what_was_shown_and_loads_again(trained: Trained, hub: HubServer, tmp_path: Path) -> None:
@@ -175,29 +133,11 @@ def test_an_upload_is_what_was_shown_and_loads_again(trained: Trained, hub: HubS
     assert_peft_snippet_works(folder, trained.model)
 
 
-def assert_peft_snippet_works(folder: Path, model: Path) -> None:
-    """The card's own example, with folders in place of the hub's names, on a question of a few words."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    card = (folder / "README.md").read_text()
-    block = re.search(r"```python\n(.*?)```", card, re.DOTALL)
-    assert block is not None
-    code = block[1].replace(BASE, str(model)).replace(NAME, str(folder)).replace("…", "Say red 8.")
-    names: dict[str, Any] = {"print": lambda text: None}
-    exec(code.replace("max_new_tokens=128", "max_new_tokens=2"), names)
-    with torch.no_grad():
-        trained = names["model"](**names["inputs"]).logits
-        plain = AutoModelForCausalLM.from_pretrained(model)(**names["inputs"]).logits
-    assert names["output"].shape[1] > names["inputs"]["input_ids"].shape[1]
-    assert float((trained - plain).abs().max()) > 1e-3, "an adapter that does nothing"
-
-
 def test_nothing_of_this_machine_leaves_it(push: Push, trained: Trained, hub: HubServer) -> None:
     assert push("--yes").code == 0
     sent = b"\n".join([*hub.bodies, *(file.content for file in hub.repos[NAME].files.values())])
     assert b"validation loss, base model" in sent
-    private = [SECRET, str(trained.home), str(trained.model), TOKEN, str(ROOT), "/tmp/", os.path.expanduser("~")]
+    private = [SECRET, str(trained.home), str(trained.model), TOKEN, str(ROOT), f"{tempfile.gettempdir()}/"]
     for text in private:
         assert text.encode() not in sent
     # nor is any row, of the data or of the evaluation

@@ -38,7 +38,7 @@ def test_a_run_leaves_what_the_specification_names(train: Train, tmp_path: Path,
     assert (run / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "Train/val loss difference: " in result.out
     assert "Train/val loss difference: " in (run / "training.log").read_text()
-    assert "python cli.py generate run" in result.out
+    assert "python cli.py evaluate run" in result.out
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["backend"] == backend and config["model"]["path"] == str(config["model"]["path"])
     # what is left of the checkpoints is the newest and the best

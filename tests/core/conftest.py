@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from core import prefix_store
 from tests.core.monitored import FakeRun
@@ -23,3 +26,21 @@ def run(tmp_path: Path) -> Iterator[FakeRun]:
     yield fake
     fake.lock.release()
     fake.journal.close()
+
+
+@pytest.fixture
+def no_tracker_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder, and no key and no setting of whoever runs the tests; no home to write to."""
+    for name in os.environ:
+        if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_")):
+            monkeypatch.delenv(name)
+    (tmp_path / "home").mkdir()
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def console() -> Console:
+    """Of 80 columns; `tests.core.tracked.text_of` has what was printed."""
+    return Console(file=io.StringIO(), width=80, highlight=False)

@@ -347,3 +347,27 @@ def test_rows_without_origins_are_those_of_the_same_fingerprint_only(tmp_path: P
     bind_to_data(folders[1], "same")
     pair = make_comparison(folders).pairs[0, 1]
     assert isinstance(pair, PairedDifference) and pair.value == pytest.approx(-0.2)
+
+
+def test_folds_are_compared_by_their_means_and_all_their_rows(tmp_path: Path) -> None:
+    parent = make_run(tmp_path / "folds")
+    (parent / "training_summary.json").unlink()
+    for fold, (gap, loss) in enumerate(((0.1, 2.0), (0.3, 2.4)), start=1):
+        rows = range(1, 11) if fold == 1 else range(11, 21)
+        make_run(
+            parent / f"fold-{fold}",
+            targets=[2] * 10,
+            origins=[f"d.jsonl:{row}" for row in rows],
+            val_nll={0: [8.0] * 10, 10: [2 * loss] * 10},
+            summary={"best_val_loss": loss, "gap": gap},
+        )
+    (parent / "folds.json").write_text(json.dumps({"folds": 2}))
+    run = make_run(tmp_path / "run", targets=TARGETS, val_nll={0: [8.0] * 20, 10: [2 * 2.0] * 20})
+    found = make_comparison([parent, run])
+    folds = found.runs[0]
+    assert (folds.status, folds.is_complete) == ("2 of 2 folds", True)
+    assert folds.figures["best_val_loss"] == pytest.approx(2.2) and folds.figures["gap"] == pytest.approx(0.2)
+    pair = found.pairs[0, 1]
+    assert isinstance(pair, PairedDifference) and (pair.num_rows, pair.is_all) == (20, True)
+    assert pair.value == pytest.approx((10 * 2 * 0.0 + 10 * 2 * 0.4) / 40)
+    assert read_evaluations(parent).val_loss.tolist() == pytest.approx([3.0, 2.0, 2.2])

@@ -114,6 +114,18 @@ def test_the_interval_is_the_bootstraps() -> None:
     assert make_report([Row("facts")] * 400, np.arange(400), better).verdict == "improved"
 
 
+def test_a_category_that_suffered_is_named_where_the_others_gained() -> None:
+    rng = np.random.default_rng(2)
+    rises = np.concatenate([rng.normal(-2, 0.5, 80), rng.normal(1, 0.5, 20)])
+    base = np.full(100, 5.0)
+    scores = TargetScores(base, base + rises, np.zeros(100), np.zeros(100, np.bool_))
+    report = make_report([Row("code")] * 80 + [Row("json")] * 20, np.arange(100), scores)
+    assert report.verdict == "improved" and report.lines[0].startswith("On the whole nothing forgotten, but json: ")
+    json_scores = report.categories["json"]
+    assert 0 < json_scores.rise_low < json_scores.rise < json_scores.rise_high
+    assert report.categories["code"].rise_high < 0
+
+
 def test_lines_name_the_categories_that_suffered_first() -> None:
     report = make_report(TEXTS, IDS, SCORES)
     text = "\n".join(report.lines)

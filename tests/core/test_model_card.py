@@ -197,6 +197,7 @@ def test_a_merged_model_says_what_can_read_it(weights: str, library: str, librar
     assert (data["library_name"], data["base_model_relation"]) == (library, "finetune")
     assert {name for name in ("transformers", "mlx-lm", "vLLM", "Twinkeel", "PEFT") if f"**{name}" in card} == libraries
     assert table(card) | {"merged": ["1.5001"], "merged, 4 bits": ["1.6100"]} == table(card)
+    assert "- Note: quantising it to 4 bits cost 0.110 nats per target token" in first_lines(card)
     # the evaluation was of the adapter on its base: its numbers are not those of quantised weights
     assert ("model-index" in data) == (weights == "16-bit")
     assert ("before it was merged and quantised" in card) == (weights != "16-bit")
@@ -267,6 +268,7 @@ def test_what_speaks_against_it_is_said_at_the_top(changes: dict[str, Any], head
     assert headline in first_lines(card)
     assert f"- Note: {doubt}" in first_lines(card)
     assert doubts(facts(summary=changes)) == [doubt]
+    assert ("best at" in table(card)) == ("not_judged" not in changes)
 
 
 def test_a_good_run_has_no_doubts_and_a_bad_evaluation_gives_some() -> None:

@@ -249,7 +249,7 @@ def test_watch_into_a_pipe_writes_evaluations_and_the_last_screen(run: FakeRun) 
     shown = "\n".join(screen)
     assert "early stopped" in shown
     assert "Good generalization. Train/val loss difference: 0.10" in shown
-    assert f"pythoncli.pygenerate{run.folder}" in "".join(shown.split())
+    assert f"pythoncli.pyevaluate{run.folder}" in "".join(shown.split())
 
 
 def test_watch_in_a_terminal_leaves_the_last_screen_and_fails_with_the_run(run: FakeRun) -> None:

@@ -13,11 +13,13 @@ import pytest
 
 from core.errors import UserError
 from core.folds import FOLDS
+from core.general import GeneralReport
 from core.journal import Journal
 from core.protocols import RowLosses
 from core.report import RunReport, read_report
 from core.report_page import DataSection, PageFinding, is_page, make_page
 from core.report_rows import JudgedHistory, read_rows, rows_section
+from core.report_sections import forgetting_section
 from core.row_losses import write_row_losses
 from core.run import write_split
 from tests.core.pages import Page
@@ -155,7 +157,7 @@ def test_the_verdict_is_that_of_the_run(full_page: Page) -> None:
     }
     also = [line.words for line in verdict.all("li")]
     assert also[0].startswith("Memorised: 2 of 20 training rows looked at fell further")
-    assert also[1] == "Forgotten: the loss on general texts moved by +0.250 [0.200, 0.300]."
+    assert also[1] == "Forgotten: the loss on general texts moved by +0.250 [0.200, 0.300]"
     assert also[2] == "Don't keep it: forgotten"
 
 
@@ -191,6 +193,23 @@ def test_what_was_forgotten_is_shown(full_page: Page) -> None:
         "most likely token changed": "12.3 %",
         "texts": "200",
     }
+
+
+def test_what_was_forgotten_is_said_as_evaluate_says_it() -> None:
+    figures = {
+        "num_rows": 1,
+        "num_targets": 9,
+        "base_loss": 2.0,
+        "adapter_loss": 2.5,
+        "rise": 0.5,
+        "kl": 0.1,
+        "flipped": 0.2,
+    }
+    ends = {"rise_low": 0.4, "rise_high": 0.6, "confidence": 0.95}
+    found = GeneralReport(**figures, **ends, categories={}, worst=[])
+    section = forgetting_section(json.loads(json.dumps(found.to_dict())))
+    assert section is not None and section.headline == found.lines[0]
+    assert "rose by 0.500 [+0.400, +0.600]" in section.headline
 
 
 def test_settings_that_differ_come_first_with_the_defaults(full_page: Page) -> None:

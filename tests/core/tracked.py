@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import base64
+import io
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from core.config import RunConfig, to_plain
 from core.journal import Journal
 from core.run import RunState, write_summary
+from core.trackers.cursor import path_of
 
 STARTED = 1_700_000_000.0
 PNG = base64.b64decode(
@@ -68,3 +74,20 @@ class TrackedRun:
 def loss(step: int) -> float:
     """Exact in 32 bits."""
     return 2.0 - step / 64
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits for what another process does; the suite's timeout ends it."""
+    while not condition():
+        time.sleep(0.02)
+
+
+def last_step(folder: Path, name: str) -> Any:
+    file = path_of(folder, name)
+    return json.loads(file.read_text())["last_step"] if file.is_file() else None
+
+
+def text_of(console: Console) -> str:
+    """What was printed."""
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
