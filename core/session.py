@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -364,6 +365,7 @@ class Session:
             "rank": config.lora.rank,
             "start": config.start,
             "device": job.device.device,
+            "versions": {"python": platform.python_version(), **job.device.packages},
             MOVES: plain(self._arrival.moves),
             "num_train_rows": job.data.num_train_rows,
             "num_val_rows": job.data.num_val_rows,

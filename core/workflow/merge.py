@@ -160,7 +160,7 @@ def _write_all(
         options.four_bits.write_4bit(sixteen, draft.path, device=run.config.device)
         copy_side_files(base, draft.path, code=code)
         readable(draft.path)
-    checked = _check(run, sixteen, draft.path if options.four_bits else None) if check else None
+    checked = _check(run, sixteen, draft.path if options.four_bits else None, dtype=plan.dtype) if check else None
     written = _described(plan, draft.path, options)
     if options.four_bits:
         if gguf is not None:
@@ -199,8 +199,14 @@ def _progress(console: Console, label: str, total: int) -> Iterator[Callable[[in
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def _check(run: TrainedRun, merged: Path, quantised: Path | None) -> MergeCheck | None:
+def _check(run: TrainedRun, merged: Path, quantised: Path | None, *, dtype: str) -> MergeCheck | None:
     """Replays held-out rows at each end, one model in memory at a time; None, with a line, where a model does not fit.
+
+    Of a quantised folder transformers leaves what is not quantised in its own type, whatever type is asked for, so that
+    is what it is run in.
+
+    Args:
+        dtype: of the merged weights.
 
     Raises:
         UserError: the merged model says what the base model says.
@@ -215,7 +221,8 @@ def _check(run: TrainedRun, merged: Path, quantised: Path | None) -> MergeCheck 
             adapted = opened.use("adapter").replay(batches)
         nothing = without_effect(run.adapter)
         plain = _replay(run, config, merged, nothing, batches, bits=16)
-        four = None if quantised is None else _replay(run, config, quantised, nothing, batches, bits=4)
+        own_type = config if run.backend.name == "mlx" else _with_type(config, dtype)
+        four = None if quantised is None else _replay(run, own_type, quantised, nothing, batches, bits=4)
     except OutOfMemoryError as error:
         _log.warning("the merged model was not checked: %s; %s", error.what, _ELSEWHERE)
         return None
@@ -248,7 +255,7 @@ def _check_config(run: TrainedRun) -> RunConfig | None:
     parameters = run.architecture.num_parameters
     room = _free_memory(run)
     if parameters * _WIDE + _OVERHEAD_BYTES <= room:
-        return changed(run.config, model=run.config.model.model_copy(update={"dtype": COMPUTE}))
+        return _with_type(run.config, COMPUTE)
     if run.device.accelerator and run.config.model.dtype != COMPUTE:
         if parameters * _NARROW + _OVERHEAD_BYTES <= room:
             return run.config
@@ -262,6 +269,10 @@ def _check_config(run: TrainedRun) -> RunConfig | None:
         _ELSEWHERE,
     )
     return None
+
+
+def _with_type(config: RunConfig, dtype: str) -> RunConfig:
+    return changed(config, model=config.model.model_copy(update={"dtype": dtype}))
 
 
 def _free_memory(run: TrainedRun) -> float:

@@ -216,10 +216,11 @@ def test_four_bits_for_mlx(trained: Path, run_cli: Run, model: Path, rows: Path)
     assert trains.code == 0, trains.err
 
 
-def test_four_bits_for_pytorch(trained: Path, run_cli: Run) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_four_bits_for_pytorch(dtype: str, trained: Path, run_cli: Run) -> None:
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
-    result = run_cli("merge", trained, "--quantize", 4, "--output", "nf4")
+    result = run_cli("merge", trained, "--quantize", 4, "--dtype", dtype, "--output", "nf4")
     assert result.code == 0, result.err
     module = transformers.AutoModelForCausalLM.from_pretrained("nf4")
     weight = module.model.layers[0].self_attn.q_proj.weight
