@@ -44,7 +44,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     """What differs between runs: settings, losses, gap, time, memory, answers."""
-    from core.compare import compare
+    from core.comparison.compare import compare
     from core.run import existing_run
     from core.screen import make_console
 

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from core.chat_commands import COMMANDS, Command, Settings, parse
-from core.chat_conversation import Conversation, Said, SavedFiles, Turn, last_turn, to_rows
-from core.chat_input import AnswerInterrupt, Lines, is_interactive, piped_lines, use_readline, whole_text
-from core.chat_screen import Answer, Answers, answers_screen
+from core.chat.commands import COMMANDS, Command, Settings, parse
+from core.chat.conversation import Conversation, Said, SavedFiles, Turn, last_turn, to_rows
+from core.chat.input import AnswerInterrupt, Lines, is_interactive, piped_lines, use_readline, whole_text
+from core.chat.screen import Answer, Answers, answers_screen
 from core.errors import UserError
 from core.sampling import Sampling
 from core.screen import logging_to

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from core.chat_conversation import too_long
-from core.chat_screen import UNBROKEN, Answer, Below, wrapped_lines
+from core.chat.conversation import too_long
+from core.chat.screen import UNBROKEN, Answer, Below, wrapped_lines
 from core.errors import UserError
 from core.files import disk_errors, write_atomic
 from core.sampling import Continuation, Sampling

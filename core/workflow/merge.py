@@ -378,7 +378,7 @@ def _next(target: Path, folder: Path, options: _Options, gguf_files: Sequence[st
     }
     if options.four_bits:
         is_mlx = "mlx" in options.four_bits.__name__
-        del loads["vLLM"], loads["transformers" if is_mlx else "mlx-lm"]
+        loads = {name: loads[name] for name in (("mlx-lm", "train on") if is_mlx else ("transformers",))}
     for name in gguf_files:
         loads["llama.cpp"] = f"llama-cli -m {shlex.quote(str(target / name))}"
     lines = [f"{name:<13}{how}" for name, how in loads.items()]

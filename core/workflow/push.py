@@ -15,8 +15,6 @@ from rich.text import Text
 from core.adapter_files import CONFIG as ADAPTER_CONFIG
 from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, find_adapter
 from core.architecture import read_architecture
-from core.card_evaluation import read_evaluation
-from core.card_snippets import Weights
 from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import TRAINER
 from core.config import RunConfig
@@ -25,7 +23,22 @@ from core.evaluation.report import FOLDER as EVALUATION_FOLDER
 from core.evaluation.report import REPORT as EVALUATION_REPORT
 from core.files import read_json
 from core.folds import run_with_adapter
-from core.hub_upload import (
+from core.merge_folder import REPORT as MERGE_REPORT
+from core.models.hub import offline_requested
+from core.publishing.base import PublishedBase, published_base
+from core.publishing.card import Facts, doubts, model_card
+from core.publishing.card_evaluation import read_evaluation
+from core.publishing.card_snippets import Weights
+from core.publishing.files import (
+    CARD,
+    UploadFile,
+    adapter_files,
+    merged_files,
+    merged_weights,
+    refuse_private,
+    run_files,
+)
+from core.publishing.hub import (
     Hub,
     Remote,
     check_repo_name,
@@ -34,11 +47,6 @@ from core.hub_upload import (
     refuse_other_visibility,
     repo_url,
 )
-from core.merge_folder import REPORT as MERGE_REPORT
-from core.model_card import Facts, doubts, model_card
-from core.models.hub import offline_requested
-from core.published_base import PublishedBase, published_base
-from core.push import CARD, UploadFile, adapter_files, merged_files, merged_weights, refuse_private, run_files
 from core.run import ADAPTERS, CONFIG, CURVES, EXPERTS_PLOT, SPLIT, SUMMARY, is_locked, read_state
 from core.screen import logging_to, wrapped
 from core.settings import load_config

@@ -13,16 +13,16 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from core.compare_rows import data_fingerprint
+from core.comparison.rows import data_fingerprint
 from core.config import RunConfig
 from core.errors import UserError
 from core.files import write_atomic
 from core.models import ResolvedModel, resolve_model
-from core.report import RunReport, read_report
-from core.report_curves import Table
-from core.report_page import HEAD_LENGTH, DataSection, PageFinding, is_page, make_page
-from core.report_rows import RowsSection, read_rows, rows_section
-from core.report_sections import excerpt
+from core.report.curves import Table
+from core.report.page import HEAD_LENGTH, DataSection, PageFinding, is_page, make_page
+from core.report.report import RunReport, read_report
+from core.report.rows import RowsSection, read_rows, rows_section
+from core.report.sections import excerpt
 from core.run import SPLIT
 from core.screen import logging_to
 from core.workflow.job import find_data, tokenise

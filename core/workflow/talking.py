@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import backends
-from core.chat_screen import Answer
+from core.chat.screen import Answer
 from core.errors import OutOfMemoryError
 from core.sampling import Continuation, Sampling
 from core.workflow.after import SIDES, OpenedRun, Side

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import cli
-from core.report import read_report
+from core.report.report import read_report
 from core.workflow.report import find_run_data, texts_of
 from tests.cli.conftest import Result, write_rows
 from tests.core.pages import Page

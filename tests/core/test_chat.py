@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from core.chat_commands import Command, Settings, parse
-from core.chat_conversation import Conversation, SavedFiles, Turn, last_turn, to_rows
-from core.chat_input import AnswerInterrupt, Lines, completions, whole_text
-from core.chat_screen import Answer, Below, SideBySide, Wrapper, answers_screen, columns, printable, wrapped_lines
+from core.chat.commands import Command, Settings, parse
+from core.chat.conversation import Conversation, SavedFiles, Turn, last_turn, to_rows
+from core.chat.input import AnswerInterrupt, Lines, completions, whole_text
+from core.chat.screen import Answer, Below, SideBySide, Wrapper, answers_screen, columns, printable, wrapped_lines
 from core.errors import UserError
 from core.sampling import Sampling
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from core import compare as compare_module
-from core.compare import Comparison, compare, make_comparison
-from core.compare_plot import read_evaluations, write_plot
-from core.compare_rows import PairedDifference, difference, read_judged
-from core.compare_screen import print_comparison
+from core.comparison import compare as compare_module
+from core.comparison.compare import Comparison, compare, make_comparison
+from core.comparison.plot import read_evaluations, write_plot
+from core.comparison.rows import PairedDifference, difference, read_judged
+from core.comparison.screen import print_comparison
 from core.errors import UserError
 from core.run import newest_run
 from tests.core.run_folders import bind_to_data, make_run
@@ -298,7 +298,7 @@ def test_a_plot_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("core.compare_plot.write_plot", fail)
+    monkeypatch.setattr("core.comparison.plot.write_plot", fail)
     with pytest.raises(KeyboardInterrupt):
         compare(pair_of_runs(tmp_path, 0.2), output=str(tmp_path / "out"), as_json=False, console=Console())
     assert not (tmp_path / "out").exists()

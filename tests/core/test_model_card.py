@@ -13,11 +13,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from core.card_evaluation import read_evaluation
 from core.config import RunConfig
-from core.model_card import Facts, doubts, model_card, public_settings
 from core.models.fingerprint import model_fingerprint
-from core.published_base import ROUNDED, PublishedBase, published_base
+from core.publishing.base import ROUNDED, PublishedBase, published_base
+from core.publishing.card import Facts, doubts, model_card, public_settings
+from core.publishing.card_evaluation import read_evaluation
 from core.settings import preset_names, resolve, values
 from tests.tiny import make_model
 
@@ -395,8 +395,8 @@ def test_the_packaged_copy_of_the_quickstart_model_is_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packaged, original = make_model(tmp_path / "packaged"), make_model(tmp_path / "original", seed=1)
-    monkeypatch.setattr("core.published_base.packaged_model", lambda *, offline: packaged)
-    monkeypatch.setattr("core.published_base.cached_snapshot", lambda name, *, revision: original)
+    monkeypatch.setattr("core.publishing.base.packaged_model", lambda *, offline: packaged)
+    monkeypatch.setattr("core.publishing.base.cached_snapshot", lambda name, *, revision: original)
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     for folder, is_rounded in ((packaged, True), (original, False)):
         base = published_base(name, revision=None, named=None, fingerprint=model_fingerprint(folder))

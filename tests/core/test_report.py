@@ -16,17 +16,17 @@ from core.folds import FOLDS
 from core.general import GeneralReport
 from core.journal import Journal
 from core.protocols import RowLosses
-from core.report import RunReport, read_report
-from core.report_page import DataSection, PageFinding, is_page, make_page
-from core.report_rows import JudgedHistory, read_rows, rows_section
-from core.report_sections import forgetting_section
+from core.report.page import DataSection, PageFinding, is_page, make_page
+from core.report.report import RunReport, read_report
+from core.report.rows import JudgedHistory, read_rows, rows_section
+from core.report.sections import forgetting_section
 from core.row_losses import write_row_losses
 from core.run import write_split
 from tests.core.pages import Page
 from tests.core.run_folders import make_run
 
 EVIL = "<script>alert('x')</script>&amp;\"'"
-CSS = (Path(__file__).resolve().parents[2] / "core" / "report_page.css").read_text()
+CSS = (Path(__file__).resolve().parents[2] / "core" / "report" / "page.css").read_text()
 
 
 def page_of(folder: Path, *, data: DataSection | None = None, texts: dict[tuple[str, int], str] | None = None) -> str:

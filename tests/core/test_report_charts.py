@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from core.report_charts import HEIGHT, WIDTH, Chart, heat_map, limits, nice_ticks, tick_texts
-from core.report_curves import NamedLine, rows_chart, thinned
+from core.report.charts import HEIGHT, WIDTH, Chart, heat_map, limits, nice_ticks, tick_texts
+from core.report.curves import NamedLine, rows_chart, thinned
 
 LEFT, RIGHT, TOP, BOTTOM = 54, WIDTH - 10, 12, HEIGHT - 40
 

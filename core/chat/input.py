@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 
-from core.chat_commands import CHOICES, NAMES, SETTINGS
+from core.chat.commands import CHOICES, NAMES, SETTINGS
 from core.errors import UserError
 
 _BLOCK = '"""'

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.compare import interval
+from core.comparison.compare import interval
 from core.general import CategoryScores, GeneralReport, WorstText
 from core.records import number, whole
-from core.report_curves import Table
+from core.report.curves import Table
 
 SIDES = (("base", "base model"), ("adapter", "adapter"))
 _MAX_LABELS = 30

@@ -12,8 +12,8 @@ from core.overfitting import GRADES
 from core.plots import MAX_BINS, binned
 from core.protocols import FloatArray
 from core.records import Record, number
-from core.report import RunReport, start_of
-from core.report_charts import Chart, Key, heat_map, limits
+from core.report.charts import Chart, Key, heat_map, limits
+from core.report.report import RunReport, start_of
 from core.routing import Routing, shares_of
 
 MAX_EVALUATIONS = 240

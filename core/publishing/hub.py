@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from core.errors import UserError
-from core.published_base import is_hub_id
-from core.push import UploadFile
+from core.publishing.base import is_hub_id
+from core.publishing.files import UploadFile
 
 TOKEN = "HF_TOKEN"
 ENV_FILE = ".env"

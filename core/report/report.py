@@ -1,6 +1,6 @@
 """What a report shows of a run, read from its folder: numbers as text, charts as SVG, in the order of the page.
 
-`core.report_page` makes the page of it. Nothing here is about the data's texts: `core.workflow.report` adds what has to
+`core.report.page` makes the page of it. Nothing here is about the data's texts: `core.workflow.report` adds what has to
 be read from the data.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.compare import shown_setting
+from core.comparison.compare import shown_setting
 from core.config import BASE_MODEL, RunConfig
 from core.errors import UserError
 from core.files import read_json

@@ -1,7 +1,7 @@
 """`compare`: what differs between runs, in their settings and in what came of them.
 
 Losses are per target token, so they can be held against each other only on the same rows with the same tokens;
-`core.compare_rows` finds out whether they can, and by how much two runs differ there.
+`core.comparison.rows` finds out whether they can, and by how much two runs differ there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from core.compare_rows import JudgedRows, PairedDifference, difference, read_judged
+from core.comparison.rows import JudgedRows, PairedDifference, difference, read_judged
 from core.config import BASE_MODEL, RunConfig
 from core.errors import UserError
 from core.files import disk_errors, read_json, to_json, write_atomic
@@ -163,7 +163,7 @@ def compare(folders: Sequence[Path], *, output: str | None, as_json: bool, conso
     if as_json:
         console.out(to_json(comparison.to_dict()), highlight=False, end="")
         return 0
-    from core.compare_screen import print_comparison
+    from core.comparison.screen import print_comparison
 
     folder = _output_folder(output)
     written = _write(comparison, folder)
@@ -192,7 +192,7 @@ def make_comparison(folders: Sequence[Path]) -> Comparison:
     same_rows = all(isinstance(found, PairedDifference) and found.is_all for found in pairs.values())
     settings = differing_settings([run.config for run in runs])
     best = _best(runs, same_rows=same_rows)
-    from core.compare_words import notes
+    from core.comparison.words import notes
 
     found = Comparison(runs, settings, pairs, best)
     return Comparison(
@@ -423,7 +423,7 @@ def _new_folder() -> Path:
 
 
 def _write(comparison: Comparison, folder: Path) -> Path:
-    from core.compare_plot import write_plot
+    from core.comparison.plot import write_plot
 
     with NewFolder(folder) as new, disk_errors(folder):
         write_atomic(folder / TABLE, _csv(comparison))

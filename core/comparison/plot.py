@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.compare import ComparedRun, Comparison
+from core.comparison.compare import ComparedRun, Comparison
 from core.files import write_atomic
 from core.folds import fold_name, is_folds, read_folds
 from core.journal import read_records

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from core.compare import ComparedRun, Comparison
-from core.compare_rows import PairedDifference
+from core.comparison.compare import ComparedRun, Comparison
+from core.comparison.rows import PairedDifference
 from core.overfitting import GRADES
 from core.records import number
 

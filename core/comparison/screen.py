@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from core.compare import FIGURES, NOTHING, PLOT, RESULT, TABLE, ComparedRun, Comparison, shown_setting
+from core.comparison.compare import FIGURES, NOTHING, PLOT, RESULT, TABLE, ComparedRun, Comparison, shown_setting
 from core.overfitting import GRADES
 from core.screen import GRADE_STYLES, wrapped
 

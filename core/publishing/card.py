@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from core.card_evaluation import CardEvaluation, plain
-from core.card_snippets import Published, Weights, loading_lines
 from core.config import RunConfig, to_plain
 from core.overfitting import Gap
-from core.published_base import ROUNDED, PublishedBase
+from core.publishing.base import ROUNDED, PublishedBase
+from core.publishing.card_evaluation import CardEvaluation, plain
+from core.publishing.card_snippets import Published, Weights, loading_lines
 from core.records import gap_of, number
 from core.screen import count
 from core.settings import values

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.protocols import FloatArray
-from core.report import RunReport
-from core.report_curves import Drawn, NamedLine, rows_chart
+from core.report.curves import Drawn, NamedLine, rows_chart
+from core.report.report import RunReport
 from core.row_history import RowFate, RowHistory, RowVerdict, SplitHistory, judge_rows, read_history
 
 MAX_LISTED = 12

@@ -10,9 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from core.report import RunReport
-from core.report_charts import swatch
-from core.report_curves import (
+from core.report.charts import swatch
+from core.report.curves import (
     HEAT_WORDS,
     Table,
     evaluations_table,
@@ -21,8 +20,9 @@ from core.report_curves import (
     gap_chart,
     loss_chart,
 )
-from core.report_rows import RowsSection
-from core.report_sections import evaluation_section, forgetting_section, gate_line, part
+from core.report.report import RunReport
+from core.report.rows import RowsSection
+from core.report.sections import evaluation_section, forgetting_section, gate_line, part
 
 HEAD_LENGTH = 200
 """Characters of a file in which `is_page` finds what it looks for."""
@@ -83,7 +83,7 @@ def make_page(report: RunReport, *, rows: RowsSection | str, data: DataSection) 
         _template().render(
             r=report,
             mark=_MARK,
-            style=(_HERE / "report_page.css").read_text(encoding="utf-8"),
+            style=(_HERE / "page.css").read_text(encoding="utf-8"),
             subtitle=_subtitle(report),
             sections=[entry for entry in _SECTIONS if entry[0] != "experts" or experts],
             also=[line for line in also if line],
@@ -119,4 +119,4 @@ def _template() -> Any:
 
     loader = FileSystemLoader(_HERE)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template("report_page.html")
+    return made.get_template("page.html")

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from core.adapter_files import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS
-from core.card_snippets import Weights
 from core.errors import UserError
 from core.files import read_json, sha256_of, to_json
 from core.models.folder import read_header, weight_files
-from core.published_base import PublishedBase
+from core.publishing.base import PublishedBase
+from core.publishing.card_snippets import Weights
 
 CARD = "README.md"
 SUMMARY = "training_summary.json"

@@ -1,0 +1,1 @@
+"""`chat`: the conversation, its commands, its input and its screen; no model."""

@@ -1,0 +1,1 @@
+"""`compare`: what differs between runs, in settings and in outcome."""

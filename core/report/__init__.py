@@ -1,0 +1,1 @@
+"""`report`: a run as one page that opens without a network."""
