@@ -114,6 +114,8 @@ def load_base(
         assert source is None, "weights from elsewhere are for a mixture in 4 bits"
         base, info = _read(model, _load_options(config, device, dtype))
         _check_loaded(model, info, _misshapen_quantised(base))
+        if config.bits == 4:
+            _to_compute_type(base, dtype)
     base.requires_grad_(False)
     if config.bits == 4:
         _keep_quantised_for_training(base)
@@ -192,6 +194,17 @@ def _misshapen_quantised(base: PreTrainedModel) -> list[str]:
         if state is not None and tuple(state.shape) != (module.out_features, module.in_features):
             found.append(f"{name}.weight")
     return found
+
+
+def _to_compute_type(base: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Of a folder that is quantised already, transformers leaves all that is not packed in the folder's own type."""
+    for module in base.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+    for parameter in base.parameters():
+        is_packed = getattr(parameter, "quant_state", None) is not None
+        if parameter.is_floating_point() and not is_packed:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _check_loaded(model: ResolvedModel, info: dict[str, Any], misshapen: list[str]) -> None:

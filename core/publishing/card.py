@@ -238,7 +238,7 @@ def _hardware(facts: Facts) -> str:
 
 
 def _merge(facts: Facts) -> Iterator[str]:
-    """What the check of a merged model saw (`core.merge_report`)."""
+    """What the check of a merged model saw (`core.merging.report`)."""
     check = (facts.merge or {}).get("check")
     if not isinstance(check, Mapping):
         return

@@ -16,15 +16,14 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from core import merge_gguf
 from core.adapter import Adapter
 from core.config import DataConfig, RunConfig
 from core.errors import OutOfMemoryError, UserError
 from core.files import to_json, write_atomic
 from core.float32 import use_whole_float32
 from core.handoff import NUM_BATCHES, compare_ends, without_effect
-from core.merge import MergePlan, plan_merge, write_merged
-from core.merge_folder import (
+from core.merging import gguf as merge_gguf
+from core.merging.folder import (
     REPORT,
     Draft,
     copy_side_files,
@@ -36,8 +35,9 @@ from core.merge_folder import (
     refuse_taken,
     write_config,
 )
-from core.merge_gguf import GgufReport
-from core.merge_report import COMPUTE, MergeCheck, in_block
+from core.merging.gguf import GgufReport
+from core.merging.merge import MergePlan, plan_merge, write_merged
+from core.merging.report import COMPUTE, MergeCheck, in_block
 from core.models import ResolvedModel
 from core.models.folder import count_parameters
 from core.protocols import Batch, Replay
@@ -86,7 +86,7 @@ def merge(
         output: the new folder; None: `merged`, or `merged-4bit`, in the run folder.
         dtype: of the weights: `auto` (the base's own), `float32`, `bfloat16` or `float16`.
         quantize: 4 for 4-bit weights, of the backend's kind.
-        gguf: write a GGUF file as well, of this type (`core.merge_gguf.TYPES`).
+        gguf: write a GGUF file as well, of this type (`core.merging.gguf.TYPES`).
         max_shard_gb: of a file, in GB (10^9 bytes).
 
     Raises:
@@ -160,7 +160,7 @@ def _write_all(
         options.four_bits.write_4bit(sixteen, draft.path, device=run.config.device)
         copy_side_files(base, draft.path, code=code)
         readable(draft.path)
-    checked = _check(run, sixteen, draft.path if options.four_bits else None, dtype=plan.dtype) if check else None
+    checked = _check(run, sixteen, draft.path if options.four_bits else None) if check else None
     written = _described(plan, draft.path, options)
     if options.four_bits:
         if gguf is not None:
@@ -199,14 +199,8 @@ def _progress(console: Console, label: str, total: int) -> Iterator[Callable[[in
 # --- the check --------------------------------------------------------------------------------------------------------
 
 
-def _check(run: TrainedRun, merged: Path, quantised: Path | None, *, dtype: str) -> MergeCheck | None:
+def _check(run: TrainedRun, merged: Path, quantised: Path | None) -> MergeCheck | None:
     """Replays held-out rows at each end, one model in memory at a time; None, with a line, where a model does not fit.
-
-    Of a quantised folder transformers leaves what is not quantised in its own type, whatever type is asked for, so that
-    is what it is run in.
-
-    Args:
-        dtype: of the merged weights.
 
     Raises:
         UserError: the merged model says what the base model says.
@@ -221,8 +215,7 @@ def _check(run: TrainedRun, merged: Path, quantised: Path | None, *, dtype: str)
             adapted = opened.use("adapter").replay(batches)
         nothing = without_effect(run.adapter)
         plain = _replay(run, config, merged, nothing, batches, bits=16)
-        own_type = config if run.backend.name == "mlx" else _with_type(config, dtype)
-        four = None if quantised is None else _replay(run, own_type, quantised, nothing, batches, bits=4)
+        four = None if quantised is None else _replay(run, config, quantised, nothing, batches, bits=4)
     except OutOfMemoryError as error:
         _log.warning("the merged model was not checked: %s; %s", error.what, _ELSEWHERE)
         return None
@@ -378,7 +371,7 @@ def _next(target: Path, folder: Path, options: _Options, gguf_files: Sequence[st
     }
     if options.four_bits:
         is_mlx = "mlx" in options.four_bits.__name__
-        loads = {name: loads[name] for name in (("mlx-lm", "train on") if is_mlx else ("transformers",))}
+        loads = {name: loads[name] for name in ("mlx-lm" if is_mlx else "transformers", "train on")}
     for name in gguf_files:
         loads["llama.cpp"] = f"llama-cli -m {shlex.quote(str(target / name))}"
     lines = [f"{name:<13}{how}" for name, how in loads.items()]

@@ -23,7 +23,7 @@ from core.evaluation.report import FOLDER as EVALUATION_FOLDER
 from core.evaluation.report import REPORT as EVALUATION_REPORT
 from core.files import read_json
 from core.folds import run_with_adapter
-from core.merge_folder import REPORT as MERGE_REPORT
+from core.merging.folder import REPORT as MERGE_REPORT
 from core.models.hub import offline_requested
 from core.publishing.base import PublishedBase, published_base
 from core.publishing.card import Facts, doubts, model_card

@@ -19,7 +19,7 @@ from backends.mlx.blas import needs_blas, preload_blas
 from core.adapter_files import write_adapter
 from core.config import RunConfig, to_plain
 from core.errors import UserError
-from core.merge_gguf import find_converter
+from core.merging.gguf import find_converter
 from core.models import resolve_model
 from core.workflow import merge as merging
 from core.workflow.after import find_trained, opened_run
@@ -217,7 +217,7 @@ def test_four_bits_for_mlx(trained: Path, run_cli: Run, model: Path, rows: Path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_four_bits_for_pytorch(dtype: str, trained: Path, run_cli: Run) -> None:
+def test_four_bits_for_pytorch(dtype: str, trained: Path, run_cli: Run, rows: Path) -> None:
     pytest.importorskip("bitsandbytes")
     transformers = pytest.importorskip("transformers")
     result = run_cli("merge", trained, "--quantize", 4, "--dtype", dtype, "--output", "nf4")
@@ -233,6 +233,12 @@ def test_four_bits_for_pytorch(dtype: str, trained: Path, run_cli: Run) -> None:
     assert 0 < abs(check["quantised_loss"] - check["merged_loss"]) < 1.0
     assert "mlx_lm" not in result.out and "AutoModel" in result.out
     assert os.stat("nf4/model.safetensors").st_mode == os.stat("nf4/config.json").st_mode
+    # and training goes on from it, in float32 as the CPU computes, whatever the folder's own type
+    trains = run_cli(
+        *("train", "--model", "nf4", "--data", rows, "--backend", "cuda", "--device", "cpu", "--bits", 4),
+        *("--max-steps", 1, "--batch-size", 2, "--accumulation", 1, "--max-tokens", 96, "--output", "more"),
+    )
+    assert trains.code == 0, trains.err
 
 
 def test_four_bits_of_a_mixture(tmp_path: Path, run_cli: Run, rows: Path) -> None:

@@ -13,13 +13,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from core import merge as merging
 from core.adapter import Adapter, LoraModule
 from core.adapter_files import write_adapter
 from core.architecture import read_architecture
 from core.errors import UserError
-from core.merge import MergePlan, plan_merge, write_merged
-from core.stored_weights import from_float32, to_float32
+from core.merging import merge as merging
+from core.merging.merge import MergePlan, plan_merge, write_merged
+from core.merging.stored_weights import from_float32, to_float32
 from tests.cli.conftest import filled_adapter
 from tests.tiny import make_model
 
@@ -283,7 +283,7 @@ import numpy as np
 from core.adapter import Adapter, LoraModule
 from core.adapter_files import find_adapter
 from core.architecture import read_architecture
-from core.merge import plan_merge, write_merged
+from core.merging.merge import plan_merge, write_merged
 import safetensors.numpy
 
 base, adapter_folder, output, limit = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])

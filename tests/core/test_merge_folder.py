@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from core import merge_folder
 from core.architecture import read_architecture
 from core.errors import UserError
-from core.merge_folder import Draft, copy_side_files, merged_config, refuse_full_disk, refuse_quantised
+from core.merging import folder as merge_folder
+from core.merging.folder import Draft, copy_side_files, merged_config, refuse_full_disk, refuse_quantised
 from core.models import ResolvedModel
 from tests.tiny import make_model
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from core.architecture import read_architecture
 from core.errors import UserError
-from core.merge_gguf import check_convertible, check_gguf, convert_to_gguf, find_converter
+from core.merging.gguf import check_convertible, check_gguf, convert_to_gguf, find_converter
 from core.models.gguf_import import convert_gguf
 from tests.core.tiny_gguf import TEMPLATE, write_tiny_gguf
 

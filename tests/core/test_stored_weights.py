@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from core.errors import UserError
-from core.stored_weights import Stored, WeightReader, from_float32, stored_tensors, to_float32
+from core.merging.stored_weights import Stored, WeightReader, from_float32, stored_tensors, to_float32
 
 
 def every_kind_of_value() -> np.ndarray:

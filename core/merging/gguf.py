@@ -22,9 +22,9 @@ import numpy as np
 from core.architecture import ATTENTION, EXPERTS, MLP, ROUTER, Architecture
 from core.errors import UserError
 from core.files import read_json
-from core.merge import matrices_of
+from core.merging.merge import matrices_of
+from core.merging.stored_weights import FLOATS, Stored, Values, WeightReader, stored_tensors
 from core.models.gguf_import import read_metadata, undo_permute
-from core.stored_weights import FLOATS, Stored, Values, WeightReader, stored_tensors
 
 TYPES = ("auto", "f32", "f16", "bf16", "q8_0")
 BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}

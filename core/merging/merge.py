@@ -21,8 +21,8 @@ from core.adapter import HEAD, Adapter
 from core.architecture import Architecture
 from core.errors import UserError
 from core.files import disk_errors, to_json, write_atomic
-from core.merge_names import Place, places
-from core.stored_weights import FLOATS, SIZES, Stored, Values, WeightReader, from_float32, stored_tensors
+from core.merging.names import Place, places
+from core.merging.stored_weights import FLOATS, SIZES, Stored, Values, WeightReader, from_float32, stored_tensors
 
 BLOCK_VALUES = 1 << 21
 """Weights that are in memory at a time: 8 MiB in float32, and a few copies."""
