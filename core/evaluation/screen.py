@@ -35,6 +35,8 @@ def print_evaluation(
     _print(f"twinkeel evaluate · {' · '.join(about)}", console, style="dim")
     console.print()
     _print(headline(evaluation), console, style=_STYLES.get(evaluation.verdict, ""))
+    if evaluation.losses.verdict != evaluation.verdict:
+        _print(f"  by loss    {evaluation.losses.verdict}", console)
     for note in evaluation.notes:
         _print(f"  note       {note}", console)
     console.print()

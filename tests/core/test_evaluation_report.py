@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +138,20 @@ def test_what_all_questions_repeat_is_left_out() -> None:
     assert without_common(["same words", "same words"]) == ["same words", "same words"]
     assert without_common(["a b", "a b c"]) == ["a b", "a b c"]
     assert without_common([]) == [] and without_common(["one"]) == ["one"]
+
+
+def test_the_screen_says_when_losses_and_answers_judge_otherwise() -> None:
+    found = evaluation(num_rows=40)
+    assert found.losses.verdict == "better than the base model"
+    same = replace(
+        found, classification=classify(SCHEME, ["yes"] * 9, *[[SCHEME.read("no")] * 9] * 2, seed=0, confidence=0.95)
+    )
+    out = io.StringIO()
+    print_evaluation(same, console=Console(file=out, width=80), folder="here", general=[], gate=None, next_command="x")
+    lines = out.getvalue().splitlines()
+    assert lines[2].startswith("No difference") and lines[3] == "  by loss    better than the base model"
+    out = io.StringIO()
+    print_evaluation(
+        evaluation(has_answers=False), console=Console(file=out), folder="here", general=[], gate=None, next_command="x"
+    )
+    assert "by loss" not in out.getvalue()
