@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
+from core.generation import OnToken
 from core.protocols import Backend, Learner
 from core.sampling import GREEDY, Continuation, Sampling
 
@@ -37,9 +38,10 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    max_length: int | None = None,
     sampling: Sampling = GREEDY,
     keys: Sequence[int] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> list[Continuation]:
     """Continues prompts, all at once, with the adapter at its present weights and without dropout.
 
@@ -50,19 +52,28 @@ def generate(
         name: the backend of `learner`.
         tokenizer: gives `eos_token_id`; the model's own generation settings may add more end tokens.
         prompts: token ids, at least one each, of any lengths.
-        max_tokens: of each answer, without its end token. An answer also stops where it and its prompt fill the
-            positions that the model was made for; a prompt that fills them gets none.
+        max_tokens: of each answer, without its end token.
+        max_length: of prompt and answer together: the positions that the model was made for, which
+            `Architecture.max_positions` knows. A prompt that fills them gets no answer. None: any number.
         sampling: how the next token is chosen.
         keys: one per prompt; with `sampling.seed` a key decides the row's draws, whatever batch it is in and on
             either backend. None: its place in the batch.
-        on_token: called with a prompt's place and its next token as they come, step by step. What it raises is passed
-            on, and the learner stays usable.
+        on_token: called with a prompt's place and its next token as they come, step by step; where it returns True
+            that was the row's last token. What it raises is passed on, and the learner stays usable.
 
     Raises:
         OutOfMemoryError: prompts and cache did not fit.
+        UserError: the logits are no numbers any more.
     """
     module = importlib.import_module(f"backends.{name}.generate")
     found: list[Continuation] = module.generate(
-        learner, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, keys=keys, on_token=on_token
+        learner,
+        tokenizer,
+        prompts,
+        max_tokens=max_tokens,
+        max_length=max_length,
+        sampling=sampling,
+        keys=keys,
+        on_token=on_token,
     )
     return found

@@ -135,7 +135,7 @@ def push(args: argparse.Namespace) -> int:
 def track(args: argparse.Namespace) -> int:
     """Sends a run's records to experiment trackers, as if they had been there while it ran."""
     from core.screen import make_console
-    from core.trackers import track
+    from core.trackers.command import track
 
     return track(_run(args), to=args.to, console=make_console())
 

@@ -61,6 +61,15 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def user_path(text: str) -> Path:
+    """The path that a person typed, with `~` for a home folder; of an unknown user it is a name, as in a shell."""
+    path = Path(text)
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
 def free_name(name: str) -> str:
     """A file or folder that is not there yet: `name`, or that with a number."""
     free, number = name, 2

@@ -74,15 +74,26 @@ class Decision:
         return asdict(self)
 
 
-def decide(gate: Gate, *, summary: Mapping[str, Any], losses: Losses | None, general: General | None) -> Decision:
+def decide(
+    gate: Gate,
+    *,
+    summary: Mapping[str, Any],
+    losses: Losses | None,
+    general: General | None,
+    num_trained_on: int = 0,
+) -> Decision:
     """Keeps an adapter that passes all three; what could not be measured does not pass.
 
     Args:
         summary: `training_summary.json` of the run.
         losses: None where no row was there to measure them.
         general: None where the general texts were not measured.
+        num_trained_on: rows among those of `losses` that are no held-out rows; any stands against it.
     """
     found = [_gain(gate, losses), _gap(gate, summary), _forgotten(gate, general)]
+    if num_trained_on:
+        were = "row was" if num_trained_on == 1 else "rows were"
+        found.insert(0, (f"{num_trained_on:,} {were} trained on, so the gain is not that of held-out rows", ""))
     reasons = [reason for reason, _ in found if reason is not None]
     if reasons:
         return Decision(False, f"Don't keep it: {'; '.join(reasons)}", reasons)
@@ -129,4 +140,4 @@ def _forgotten(gate: Gate, general: General | None) -> tuple[str | None, str]:
     if general.rise > gate.max_forgotten:
         return f"the loss on general texts rose by {general.rise:.3f}, more than {gate.max_forgotten:g}", ""
     moved = f"rose by {general.rise:.3f}" if general.rise > 0 else f"fell by {-general.rise:.3f}"
-    return None, f"general texts {moved}"
+    return None, f"the loss on general texts {moved}"

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from core.config import GuardConfig
+from core.evaluation.bootstrap import Interval, resamples
 from core.protocols import Batch, BoolArray, FloatArray, IntArray, Learner
-from core.seeding import generator
 
-NUM_RESAMPLES = 2000
 NUM_WORST = 5
 _BLOCK_BYTES = 64_000_000
 """Float64 log-probabilities of one side at a time."""
@@ -114,7 +114,8 @@ class CategoryScores:
     adapter_loss: float
     rise: float
     rise_low: float
-    """Lower end of the rise's interval, a paired percentile bootstrap over the texts."""
+    """Lower end of the rise's interval, a paired percentile bootstrap over the texts. A category's is wider than that
+    of all texts: as many as there are hold together with the report's confidence (Bonferroni)."""
     rise_high: float
     kl: float
     flipped: float
@@ -153,6 +154,8 @@ class GeneralReport:
     categories: dict[str, CategoryScores]
     worst: list[WorstText]
     """The texts whose loss rose most, the worst first."""
+    least: float = GuardConfig().grades[0]
+    """Smallest rise that is called forgotten, whatever its interval."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -160,10 +163,13 @@ class GeneralReport:
 
     @property
     def verdict(self) -> str:
-        """`forgotten`, `unchanged` (the interval holds 0) or `improved`."""
-        if self.rise_low > 0:
+        """`forgotten`, `unchanged` (the interval holds 0, or the rise is too small to matter) or `improved`."""
+        if self._has_suffered(self):
             return "forgotten"
         return "improved" if self.rise_high < 0 else "unchanged"
+
+    def _has_suffered(self, scores: GeneralReport | CategoryScores) -> bool:
+        return scores.rise_low > 0 and scores.rise >= self.least
 
     def to_dict(self) -> dict[str, Any]:
         return {"verdict": self.verdict, **asdict(self)}
@@ -185,13 +191,13 @@ class GeneralReport:
         interval = f"[{self.rise_low:+.3f}, {self.rise_high:+.3f}] nats per token"
         if self.verdict == "forgotten":
             return f"Forgotten: the loss on general texts rose by {self.rise:.3f} {interval}"
-        worse = [name for name, scores in self.categories.items() if scores.rise_low > 0]
+        worse = [name for name, scores in self.categories.items() if self._has_suffered(scores)]
         start = f"On the whole nothing forgotten, but {' and '.join(worse)}" if worse else "Nothing forgotten"
         if self.verdict == "improved":
             return f"{start}: the loss on general texts fell by {-self.rise:.3f} {interval}"
-        return (
-            f"{start}{'' if worse else ' that shows'}: the loss on general texts moved by {self.rise:+.3f} {interval}"
-        )
+        if not worse:
+            start += " that matters" if self.rise_low > 0 else " that shows"
+        return f"{start}: the loss on general texts moved by {self.rise:+.3f} {interval}"
 
     def _ordered(self) -> list[str]:
         ranked = sorted(self.categories.items(), key=lambda item: -item[1].rise)
@@ -209,6 +215,7 @@ def make_report(
     scores: TargetScores,
     *,
     confidence: float = 0.95,
+    least: float = GuardConfig().grades[0],
     seed: int = 0,
 ) -> GeneralReport:
     """Sums up the targets' scores.
@@ -216,7 +223,8 @@ def make_report(
     Args:
         texts: by row id.
         row_ids: int64 [M]: the row of each target.
-        confidence: level of the interval.
+        confidence: level of the interval; the categories' intervals hold together at this level.
+        least: the smallest rise that matters, in nats per token.
     """
     rows = np.unique(row_ids)
     place = np.searchsorted(rows, row_ids)
@@ -226,14 +234,14 @@ def make_report(
     base, adapter, kl, flips = sums
     everything = np.ones(len(rows), np.bool_)
 
-    def summed(chosen: BoolArray) -> CategoryScores:
-        interval = _interval((adapter - base)[chosen], counts[chosen], confidence=confidence, seed=seed)
+    def summed(chosen: BoolArray, level: float) -> CategoryScores:
+        interval = _interval((adapter - base)[chosen], counts[chosen], confidence=level, seed=seed)
         return _summed(counts[chosen], base[chosen], adapter[chosen], kl[chosen], flips[chosen], interval=interval)
 
     named = [texts[row] for row in rows]
-    categories = {}
-    for name in dict.fromkeys(text.category for text in named):
-        categories[name] = summed(np.array([text.category == name for text in named]))
+    names = list(dict.fromkeys(text.category for text in named))
+    each = 1 - (1 - confidence) / len(names)
+    categories = {name: summed(np.array([text.category == name for text in named]), each) for name in names}
     rises = (adapter - base) / counts
     worst = [
         WorstText(
@@ -248,7 +256,8 @@ def make_report(
         for index in np.argsort(-rises, kind="stable")[:NUM_WORST]
         if rises[index] > 0
     ]
-    return GeneralReport(**asdict(summed(everything)), confidence=confidence, categories=categories, worst=worst)
+    whole = asdict(summed(everything, confidence))
+    return GeneralReport(**whole, confidence=confidence, categories=categories, worst=worst, least=least)
 
 
 def _summed(
@@ -258,7 +267,7 @@ def _summed(
     kl: FloatArray,
     flips: FloatArray,
     *,
-    interval: tuple[float, float],
+    interval: Interval,
 ) -> CategoryScores:
     """Of rows' sums: means over their targets."""
     total = int(counts.sum())
@@ -267,21 +276,18 @@ def _summed(
         num_targets=total,
         base_loss=float(base.sum() / total),
         adapter_loss=float(adapter.sum() / total),
-        rise=float((adapter - base).sum() / total),
-        rise_low=interval[0],
-        rise_high=interval[1],
+        rise=interval.value,
+        rise_low=interval.low,
+        rise_high=interval.high,
         kl=float(kl.sum() / total),
         flipped=float(flips.sum() / total),
     )
 
 
-def _interval(rises: FloatArray, counts: IntArray, *, confidence: float, seed: int) -> tuple[float, float]:
-    """Percentile bootstrap over rows (Efron and Tibshirani 1993, chapter 13), both sides of a row drawn together."""
-    drawn = generator(seed, "general bootstrap").integers(len(rises), size=(NUM_RESAMPLES, len(rises)))
-    means = rises[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return float(low), float(high)
+def _interval(rises: FloatArray, counts: IntArray, *, confidence: float, seed: int) -> Interval:
+    """Rise per target token, of rows' sums."""
+    draws = np.concatenate([weights @ rises / (weights @ counts) for weights in resamples(len(rises), seed=seed)])
+    return Interval.of(rises.sum() / counts.sum(), draws, confidence)
 
 
 def _percent(share: float) -> str:

@@ -11,11 +11,18 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import UserError
 from core.sampling import Continuation, Sampling, penalise, pick_token
 from core.seeding import generator
 
-OnToken = Callable[[int, int], None]
-"""Called with a prompt's place in the batch and its next token."""
+OnToken = Callable[[int, int], bool]
+"""Called with a prompt's place in the batch and its next token; returns whether the answer is long enough."""
+NO_TOKEN = -1
+"""Stands for a token where the logits have no largest number: one is NaN or infinite, or all are minus infinity."""
+_NOT_A_NUMBER = (
+    "the training diverged (its losses: python cli.py monitor RUN), or float16 overflowed: train with another --lr, or "
+    "with --set model.dtype=bfloat16"
+)
 
 
 class Decoder(Protocol):
@@ -29,7 +36,7 @@ class Decoder(Protocol):
         ...
 
     def likeliest(self) -> list[int]:
-        """The most likely next token of each row. Waits for the device."""
+        """The most likely next token of each row, or `NO_TOKEN`. Waits for the device."""
         ...
 
     def logits(self) -> npt.NDArray[np.float32]:
@@ -64,7 +71,11 @@ def continue_prompts(
         max_length: of prompt and answer together; a prompt that fills it gets no answer. None: unbounded.
         ends: token ids that end an answer.
         keys: one per prompt; a row's draws are a function of `sampling.seed` and its key. None: its place.
-        on_token: called as the tokens come, step by step; end tokens are left out. What it raises ends everything.
+        on_token: called as the tokens come, step by step; end tokens are left out. Where it returns True the row is
+            done. What it raises ends everything.
+
+    Raises:
+        UserError: logits that are no numbers.
     """
     rows = _Rows(prompts, max_tokens=max_tokens, max_length=max_length, ends=ends, sampling=sampling, keys=keys)
     if rows.active:
@@ -123,6 +134,8 @@ class _Rows:
 
     def _choose(self, row: int, logits: npt.NDArray[np.float32]) -> int:
         how = self._sampling
+        if not np.isfinite(logits.max()):  # of a NaN anywhere the maximum is NaN
+            return NO_TOKEN
         if how.repetition_penalty != 1.0:
             penalise(logits, np.unique([*self._prompts[row], *self._ids[row]]), how.repetition_penalty)
         if how.temperature == 0.0:
@@ -137,12 +150,14 @@ class _Rows:
 
     def _append(self, row: int, token: int, on_token: OnToken | None) -> bool:
         """Whether the row goes on."""
+        if token == NO_TOKEN:
+            raise UserError("the model's output is not a number", hint=_NOT_A_NUMBER)
         if token in self._ends:
             self._ended[row] = True
             return False
         self._ids[row].append(token)
-        if on_token is not None:
-            on_token(row, token)
+        if on_token is not None and on_token(row, token):
+            return False
         return len(self._ids[row]) < self._limits[row]
 
     def continuations(self) -> list[Continuation]:

@@ -21,9 +21,10 @@ from core.early_stopping import EarlyStopping
 from core.errors import NonFiniteLossError
 from core.general import look_at_general
 from core.overfitting import Gap, measure_gap
+from core.progress import Progress
 from core.protocols import Learner, RowLosses, TrainState
 from core.routing import Routing, RoutingReport
-from core.trainer import Progress, TrainingData
+from core.trainer import TrainingData
 
 _log = logging.getLogger("twinkeel")
 

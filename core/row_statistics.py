@@ -10,6 +10,12 @@ from core.protocols import BoolArray, FloatArray, IntArray
 
 _FITS = 4
 """Rounds of fitting line and scatter in turn; it settles in two or three."""
+_DEGREES = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0, 15.0, 30.0, 1000.0)
+"""Degrees of freedom that are tried; the last is the normal distribution."""
+_SCALES = 30
+"""Rounds of fitting a scale."""
+_ALLOWED = 1.645**2 / 2
+"""How far below the best a log-likelihood may be: a one-sided 95 % interval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,38 @@ def _variances(residuals: FloatArray, num_targets: IntArray, weights: FloatArray
     return max(float(between), 1e-12), float(within)
 
 
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """How far chance reaches: Student's t with a scale, around 0."""
+
+    degrees: float
+    scale: float
+
+    @classmethod
+    def fit(cls, distances: FloatArray) -> Tail:
+        """The heaviest tail that distances from 0 allow: of the degrees of freedom in a one-sided 95 % likelihood
+        interval the fewest, with the scale that is likeliest for them (EM; Lange, Little and Taylor 1989).
+
+        Few rows can't show how heavy the tail is that they come from, and a tail that is taken for a lighter one makes
+        every rare row look like a finding.
+        """
+        from scipy.special import gammaln  # type: ignore[import-untyped]
+
+        squares, degrees = distances[None, :] ** 2, np.array(_DEGREES)[:, None]
+        variance = np.full_like(degrees, max(float(np.median(squares)), 1e-18))
+        for _ in range(_SCALES):
+            weights = (degrees + 1) / (degrees + squares / variance)
+            variance = np.maximum((weights * squares).mean(axis=1, keepdims=True), 1e-18)
+        peak = gammaln((degrees + 1) / 2) - gammaln(degrees / 2) - np.log(degrees * variance) / 2
+        likelihood = (peak - (degrees + 1) / 2 * np.log1p(squares / (degrees * variance))).sum(axis=1)
+        heaviest = int(np.flatnonzero(likelihood >= likelihood.max() - _ALLOWED)[0])
+        return cls(_DEGREES[heaviest], float(np.sqrt(variance[heaviest, 0])))
+
+    def beyond(self, score: FloatArray) -> FloatArray:
+        """P(a row of chance lies above the score)."""
+        return t_tail(score / self.scale, self.degrees)
+
+
 def false_discoveries(p_values: FloatArray, *, share: float) -> BoolArray:
     """bool [N]: the hypotheses to reject at an expected share of false ones `share`
     (Benjamini and Hochberg 1995)."""
@@ -98,6 +136,20 @@ def row_noise(nll: FloatArray, num_targets: IntArray) -> FloatArray | None:
     return noise
 
 
+def stands_out(rises: FloatArray, num_targets: IntArray, noise: FloatArray | None, *, times: float) -> BoolArray:
+    """bool [N]: rises that are more than `times` the row's own noise, and than what rows of its length do here.
+
+    Args:
+        rises: float64 [N]: in nats per target token; likewise `noise`, None where it can't be told.
+    """
+    scaled = rises * np.sqrt(num_targets)
+    middle = float(np.median(scaled))
+    # the median distance to the median, as a normal distribution's standard deviation
+    spread = 1.4826 * float(np.median(np.abs(scaled - middle)))
+    found: BoolArray = scaled - middle > times * spread
+    return found if noise is None else found & (rises > times * noise)
+
+
 def sign_test(num_up: int, num_down: int) -> float:
     """Two-sided p-value of the sign test: both directions as likely, each row for itself; exact (binomial)."""
     from scipy.special import bdtrc  # type: ignore[import-untyped]
@@ -106,7 +158,7 @@ def sign_test(num_up: int, num_down: int) -> float:
     return min(2 * float(bdtrc(most - 1, total, 0.5)), 1.0) if total else 1.0
 
 
-def t_tail(score: FloatArray, degrees: int) -> FloatArray:
+def t_tail(score: FloatArray, degrees: float) -> FloatArray:
     """P(t > score) of Student's t with so many degrees of freedom."""
     from scipy.special import stdtr  # type: ignore[import-untyped]
 

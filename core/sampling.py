@@ -36,7 +36,7 @@ class Continuation:
     ids: list[int]
     """New token ids, without the end token."""
     ended: bool
-    """Whether the model ended it, and not the limit of tokens."""
+    """Whether the model ended it, and neither a limit of tokens nor who asked."""
 
 
 def pick_token(
@@ -49,11 +49,13 @@ def pick_token(
 ) -> int:
     """Draws a token id from logits [V]: temperature first, then top-k, then top-p; the likeliest token always stays.
 
-    Takes one number of `random`. Of equal logits the lower token id counts as the likelier one.
+    Takes one number of `random`. Of equal logits the lower token id counts as the likelier one. The largest logit is
+    finite, and none is NaN; the temperature is above 0.
     """
     ids = _most_likely(logits, top_k)
-    scaled = logits[ids].astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled[0])
+    kept = logits[ids].astype(np.float64)
+    with np.errstate(over="ignore"):  # at a temperature near 0 all but the likeliest are minus infinity
+        probabilities = np.exp((kept - kept[0]) / temperature)
     probabilities /= probabilities.sum()
     before = np.cumsum(probabilities) - probabilities
     probabilities[before >= top_p] = 0.0

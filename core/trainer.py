@@ -26,8 +26,7 @@ from core.errors import NonFiniteLossError
 from core.general import GeneralLoss, look_at_general
 from core.journal import Journal
 from core.overfitting import Gap, measure_gap
-from core.progress import Progress as Progress
-from core.progress import Window
+from core.progress import Progress, Window
 from core.protocols import Batch, IntArray, Learner, RowLosses, StepOutput, Tensors
 from core.routing import Routing, RoutingReport
 from core.row_losses import write_row_losses

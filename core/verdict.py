@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def verdict_lines(
     if gap is None:
         return [
             "Stopped before the first evaluation of a trained adapter.",
-            f"  continue  python cli.py train --resume {folder}",
+            _continue(folder),
         ]
     lines = [_headline(summary, gap, guard)]
     if (warning := relative_warning(gap, guard)) is not None:
@@ -114,7 +115,7 @@ def verdict_lines(
         f"  adapter   {folder / ADAPTERS}   (PEFT and mlx-lm)",
     ]
     if summary["status"] == "interrupted":
-        return [*lines, f"  continue  python cli.py train --resume {folder}"]
+        return [*lines, _continue(folder)]
     return [*lines, f"  next      {next_command}"]
 
 
@@ -123,7 +124,7 @@ def _unjudged_lines(summary: Mapping[str, Any], *, folder: Path, next_command: s
     headline = f"Not judged: {summary[NOT_JUDGED]}{'' if folds is None else f'; judged by the folds: {folds}'}"
     if summary["status"] == "interrupted":
         stopped = f"  stopped at step {summary['steps']} of {summary['total_steps']}"
-        return [headline, stopped, f"  continue  python cli.py train --resume {folder}"]
+        return [headline, stopped, _continue(folder)]
     return [
         headline,
         *_general(summary),
@@ -192,4 +193,9 @@ def _size(summary: Mapping[str, Any]) -> str:
 
 def next_command(folder: Path, *, is_judged: bool) -> str:
     """What to type after a run: rows that were held out are evaluated, and without them answers are looked at."""
-    return f"python cli.py evaluate {folder}" if is_judged else f'python cli.py generate {folder} --prompt "…"'
+    run = shlex.quote(str(folder))
+    return f"python cli.py evaluate {run}" if is_judged else f'python cli.py generate {run} --prompt "…"'
+
+
+def _continue(folder: Path) -> str:
+    return f"  continue  python cli.py train --resume {shlex.quote(str(folder))}"

@@ -60,7 +60,7 @@ def load_general(tokenizer: Tokenizer, *, vocab_size: int | None = None) -> Gene
     if not len(done.rows):
         raise UserError(
             "the chat template of this model takes none of the general texts",
-            hint="leave them out: --set eval.general=false",
+            hint="leave them out: evaluate without --general and --gate, train without eval.general",
         )
     if vocab_size is not None and done.rows.largest_id >= vocab_size:
         raise UserError(

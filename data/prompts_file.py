@@ -45,6 +45,7 @@ def read_prompts(path: str, *, system: str | None = None) -> list[Prompt]:
     JSONL is what ends in .jsonl or .ndjson, and what begins with a JSON object unless it ends in .txt.
 
     Args:
+        path: as the system knows it: `~` is a name.
         system: system message of prompts that bring none of their own.
 
     Raises:
@@ -82,7 +83,7 @@ def _content(path: str, shown: str) -> bytes:
     try:
         if path == STANDARD_INPUT:
             return sys.stdin.buffer.read()
-        return Path(path).expanduser().read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         raise UserError(f"--prompts: {shown} does not exist", hint=_FORM) from None
     except IsADirectoryError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 import threading
@@ -96,6 +97,8 @@ class HubServer:
         self.failures: list[Failure] = []
         self.before: dict[str, Callable[[], None]] = {}
         """Regular expression for a request -> what happens just before it is answered."""
+        self.lost: str | None = None
+        """Regular expression for requests that are done, and whose answer never arrives."""
         self.role = "write"
         self.url = ""
 
@@ -172,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             for pattern, answer in _ROUTES:
                 if match := re.fullmatch(pattern, request):
+                    if self.hub.lost is not None and re.search(self.hub.lost, request):
+                        self.wfile, self.close_connection = io.BytesIO(), True
                     answer(self, *match.groups())
                     return
             raise _Error(404, f"no such page: {request}")

@@ -26,7 +26,8 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ).execute()
     shown = ["".join(_texts(cell)) for cell in notebook.cells if cell.cell_type == "code"]
     assert any("best_val_loss" in text and "mlx" in text and "cuda" in text for text in shown)
-    assert sum("verdict" in text or "validation loss" in text for text in shown)
+    assert any("twinkeel evaluate" in text and "Better than the base model" in text for text in shown)
+    assert any("twinkeel compare" in text and "validation losses differ by" in text for text in shown)
 
 
 def _texts(cell: dict) -> list[str]:  # type: ignore[type-arg]

@@ -11,7 +11,7 @@ import torch
 
 from backends.cuda.kv_cache import ROOM, KeyValueCache
 from backends.cuda.memory import within_memory
-from core.generation import OnToken, continue_prompts, end_tokens
+from core.generation import NO_TOKEN, OnToken, continue_prompts, end_tokens
 from core.sampling import GREEDY, Continuation, Sampling
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    max_length: int | None = None,
     sampling: Sampling = GREEDY,
     keys: Sequence[int] | None = None,
     on_token: OnToken | None = None,
@@ -39,7 +40,7 @@ def generate(
             _Decoder(learner),
             prompts,
             max_tokens=max_tokens,
-            max_length=_max_length(learner),
+            max_length=max_length,
             ends=end_tokens(tokenizer, settings),
             sampling=sampling,
             keys=keys,
@@ -50,12 +51,6 @@ def generate(
     with learner.evaluating():
         doing = f"while generating text from {len(prompts)} prompts of up to {longest} tokens"
         return within_memory(run, device=learner.device, doing=doing)
-
-
-def _max_length(learner: CudaLearner) -> int | None:
-    """Tokens of prompt and answer together that the model was made for; None: any number."""
-    found: int | None = getattr(learner.model.config, "max_position_embeddings", None)
-    return found
 
 
 class _Decoder:
@@ -80,8 +75,9 @@ class _Decoder:
             self._read(part)
 
     def likeliest(self) -> list[int]:
-        tokens: list[int] = self._next.argmax(dim=-1).tolist()  # device-to-host synchronisation
-        return tokens
+        most, tokens = self._next.max(dim=-1)  # of a NaN anywhere the maximum is NaN
+        found: list[int] = torch.where(most.isfinite(), tokens, NO_TOKEN).tolist()  # device-to-host synchronisation
+        return found
 
     def logits(self) -> npt.NDArray[np.float32]:
         return self._next.cpu().numpy()  # device-to-host synchronisation

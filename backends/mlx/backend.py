@@ -44,7 +44,7 @@ class MlxBackend:
             return _unavailable(f"mlx does not work here: {type(error).__name__}: {error}")
 
     def check(self, config: RunConfig) -> Sequence[str]:
-        device = _choose_device(config.device)
+        device = choose_device(config.device)
         warnings_: list[str] = []
         if config.optim.state_bits == 8:
             warnings_.append("optim.state_bits: 8 has no effect on mlx: 32-bit state is used")
@@ -55,11 +55,11 @@ class MlxBackend:
         return warnings_
 
     def open(self, config: RunConfig, model: ResolvedModel, initial: Adapter) -> Learner:
-        device = _choose_device(config.device)
+        device = choose_device(config.device)
         self.check(config)
         if device == "cpu" and needs_blas() and not preload_blas():
             logger.warning("%s; %s", SLOW_BLAS, blas_hint())
-        restore = _prepare_device(device)
+        restore = prepare_device(device)
         try:
             return _open(config, model, initial, device=device, on_close=restore)
         except BaseException:
@@ -77,7 +77,7 @@ def _open(
 ) -> Learner:
     import mlx.core as mx
 
-    with _quiet_libraries():
+    with quiet_libraries():
         from backends.mlx.learner import MlxLearner
         from backends.mlx.loading import load_base
         from backends.mlx.model import Network
@@ -128,7 +128,7 @@ def _cpu_warnings(config: RunConfig) -> list[str]:
     return found
 
 
-def _choose_device(wanted: str) -> Device:
+def choose_device(wanted: str) -> Device:
     """Raises `UserError` when MLX is not installed, or for a GPU that is not there."""
     _require_packages()
     import mlx.core as mx
@@ -165,7 +165,7 @@ def _probe(device: str) -> DeviceReport:
     if missing := [name for name in _PACKAGES if name not in packages]:
         return _unavailable(f"{' and '.join(missing)} not installed; {_install_hint()}")
     try:
-        chosen = _choose_device(device)
+        chosen = choose_device(device)
     except UserError as error:
         return _unavailable(f"{error.what}; {error.hint}")
     from backends.mlx.memory import total_bytes
@@ -208,7 +208,7 @@ def _device_name(device: Device) -> str:
     return str(mx.device_info().get("device_name", "Metal GPU"))
 
 
-def _prepare_device(device: Device) -> Callable[[], None]:
+def prepare_device(device: Device) -> Callable[[], None]:
     """Makes `device` MLX's default and bounds its buffer cache; returns what undoes it."""
     import mlx.core as mx
 
@@ -233,7 +233,7 @@ def _prepare_device(device: Device) -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """mlx-lm imports transformers, which has advice to give about frameworks that are not installed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     chatty = logging.getLogger("transformers")
@@ -247,4 +247,4 @@ def _quiet_libraries() -> Iterator[None]:
         chatty.setLevel(level)
 
 
-__all__ = ["MlxBackend"]
+__all__ = ["MlxBackend", "choose_device", "prepare_device", "quiet_libraries"]

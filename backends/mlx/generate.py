@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.mlx.memory import translate_out_of_memory
-from core.generation import OnToken, continue_prompts, end_tokens
+from backends.mlx.model import keep_rows
+from core.generation import NO_TOKEN, OnToken, continue_prompts, end_tokens
 from core.sampling import GREEDY, Continuation, Sampling
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
+    max_length: int | None = None,
     sampling: Sampling = GREEDY,
     keys: Sequence[int] | None = None,
     on_token: OnToken | None = None,
@@ -37,18 +39,12 @@ def generate(
             _Decoder(learner),
             prompts,
             max_tokens=max_tokens,
-            max_length=_max_length(learner),
+            max_length=max_length,
             ends=end_tokens(tokenizer, learner.network.end_tokens),
             sampling=sampling,
             keys=keys,
             on_token=on_token,
         )
-
-
-def _max_length(learner: MlxLearner) -> int | None:
-    """Tokens of prompt and answer together that the model was made for; None: any number."""
-    found: int | None = getattr(learner.network.module.args, "max_position_embeddings", None)
-    return found
 
 
 class _Decoder:
@@ -74,10 +70,12 @@ class _Decoder:
 
     def likeliest(self) -> list[int]:
         tokens = mx.argmax(self._next, axis=-1)
+        is_number = mx.isfinite(mx.max(self._next, axis=-1))  # of a NaN anywhere the maximum is NaN
+        found = mx.where(is_number, tokens.astype(mx.int32), NO_TOKEN)
         # the next step is on its way before these tokens are looked at: the device needs not wait for Python
         self._ahead = self._logits(self._read(tokens[:, None]))
-        mx.async_eval(tokens, self._ahead)
-        return [int(token) for token in np.array(tokens)]  # waits for the device
+        mx.async_eval(found, self._ahead)
+        return [int(token) for token in np.array(found)]  # waits for the device
 
     def logits(self) -> npt.NDArray[np.float32]:
         return np.array(self._next)  # waits for the device
@@ -87,10 +85,7 @@ class _Decoder:
         if self._ahead is not None:
             self._ahead = self._ahead[kept]
         for cache in self._cache:
-            if hasattr(cache, "filter"):
-                cache.filter(kept)
-            else:
-                cache.keys, cache.values = cache.keys[kept], cache.values[kept]
+            keep_rows(cache, kept)
 
     def step(self, tokens: Sequence[int]) -> None:
         if self._ahead is None:

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from backends.mlx.backend import _choose_device, _prepare_device, _quiet_libraries
+from backends.mlx.backend import choose_device, prepare_device, quiet_libraries
 from backends.mlx.loading import GROUP_SIZE
 from backends.mlx.memory import translate_out_of_memory
 
@@ -25,9 +25,9 @@ def write_4bit(source: Path, folder: Path, *, device: str) -> None:
         UserError: MLX is not here.
         OutOfMemoryError: it does not fit.
     """
-    restore = _prepare_device(_choose_device(device))
+    restore = prepare_device(choose_device(device))
     try:
-        with _quiet_libraries(), translate_out_of_memory("quantising the merged model"):
+        with quiet_libraries(), translate_out_of_memory("quantising the merged model"):
             _write(source, folder)
     finally:
         restore()

@@ -282,6 +282,16 @@ class Network:
         return [BatchRotatingKVCache(window, left) if window else BatchKVCache(left) for _ in layers]
 
 
+def keep_rows(cache: Any, rows: mx.array) -> None:
+    """Drops all rows but these from a cache of `Network.make_cache` that has read something."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    if isinstance(cache, KVCache | RotatingKVCache):  # without padding; mlx-lm means it for one prompt
+        cache.keys, cache.values = cache.keys[rows], cache.values[rows]
+    else:
+        cache.filter(rows)
+
+
 def _run_layer(
     layer: nn.Module,
     slots: Sequence[_Slot],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import UserError
-from core.files import write_atomic
+from core.files import user_path, write_atomic
 
 Said = tuple[str, str]
 """Role and content of a message."""
@@ -65,6 +66,10 @@ class Conversation:
         self.num_left_out = skip
         return skip - before
 
+    def copy(self) -> Conversation:
+        """One that goes its own way from here."""
+        return Conversation([*self.turns], self.num_left_out)
+
     def add(self, turn: Turn) -> None:
         self.turns.append(turn)
 
@@ -113,14 +118,16 @@ class SavedFiles:
         """
         if not rows:
             raise UserError("nothing to save yet", hint="ask something first")
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.suffix not in (".jsonl", ".ndjson"):
             raise UserError(f"{name}: `train` reads rows from .jsonl", hint=f"/save {name}.jsonl")
-        if path.exists() and path.resolve() not in self._mine:
+        if os.path.exists(path) and path.resolve() not in self._mine:
             raise UserError(f"{name}: is there already", hint="save it under another name")
         try:
             write_atomic(path, "".join(f"{row}\n" for row in rows))
         except UserError as error:
             raise UserError(error.what, hint="save it elsewhere") from None
+        except OSError as error:  # such as a name that is too long
+            raise UserError(f"{name}: {error.strerror}", hint="save it elsewhere") from None
         self._mine.add(path.resolve())
         return path

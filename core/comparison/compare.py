@@ -9,78 +9,33 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
+from core.comparison.figures import OF_TRAINING, EvaluatedRows, Figure, Value, evaluated_figures, figures_of, interval
 from core.comparison.rows import JudgedRows, PairedDifference, difference, read_judged
 from core.config import BASE_MODEL, RunConfig
 from core.errors import UserError
-from core.files import disk_errors, read_json, to_json, write_atomic
+from core.evaluation.report import read_evaluation_of
+from core.files import disk_errors, to_json, write_atomic
 from core.folds import FoldsVerdict, is_folds, judge, read_folds
 from core.monitor import RunReader, Snapshot
 from core.records import gap_of, number, whole
-from core.run import COMPLETE, CONFIG, RUNS, SUMMARY, NewFolder
-from core.screen import count, duration
+from core.run import COMPLETE, CONFIG, RUNS, NewFolder
+from core.run_summary import summary_of
 from core.settings import load_config
 from core.settings import values as settings_of
 
 TABLE, RESULT, PLOT = "compare.csv", "compare.json", "compare.png"
-EVALUATION = "evaluation/evaluation_report.json"
-"""In a run folder: what `evaluate` wrote."""
 NOTHING = "–"
 _IGNORED = frozenset({"output"})
 _LUCK = frozenset({"train.seed"})
-
-Value = float | int | str | None
-Kind = Literal["loss", "effort", "test", "model"]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A line of the comparison."""
-
-    name: str
-    """Key in CSV and JSON."""
-    label: str
-    show: Callable[[Any], str]
-    better: Literal["low", "high"] | None = None
-    kind: Kind = "effort"
-    """What has to be the same before one can be called better: validation rows, nothing, test rows, the base
-    model."""
-
-
-def _three(value: float) -> str:
-    return f"{value:z.3f}"
-
-
-FIGURES: tuple[Figure, ...] = (
-    Figure("base_val_loss", "base validation loss", _three),
-    Figure("best_val_loss", "best validation loss", _three, "low", "loss"),
-    Figure("gap", "gap", _three, "low", "loss"),
-    Figure("gap_interval", "gap, interval", str),
-    Figure("grade", "grade", str),
-    Figure("base_gap", "gap before training", _three),
-    Figure("best_step", "best step", lambda value: f"{value:,}"),
-    Figure("best_epoch", "best in epoch", lambda value: f"{value:g}"),
-    Figure("steps", "steps", lambda value: f"{value:,}"),
-    Figure("num_target_tokens", "target tokens", count),
-    Figure("wall_seconds", "time", duration, "low"),
-    Figure("tokens_per_second", "tokens a second", lambda value: f"{value:,.0f}", "high"),
-    Figure("peak_memory_gb", "memory, GB", lambda value: f"{value:.1f}", "low"),
-    Figure("test_loss", "test loss", _three, "low", "test"),
-    Figure("test_gain", "test gain over base", _three, "high", "test"),
-    Figure("test_gain_interval", "test gain, interval", str),
-    Figure("f1", "F1", _three, "high", "test"),
-    Figure("f1_interval", "F1, interval", str),
-    Figure("forgotten", "loss rise elsewhere", _three, "low", "model"),
-)
-"""Losses and gaps in nats per target token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +52,12 @@ class ComparedRun:
     model: str | None
     steps_per_epoch: int | None
     figures: Mapping[str, Value]
-    test_on: tuple[Any, ...] | None
-    """What the test figures were measured on; None where there are none."""
+    evaluated_on: EvaluatedRows | None
+    """None where there is no evaluation."""
     judged: JudgedRows | None
     error: str | None = None
+    evaluation_note: str | None = None
+    """Why an evaluation that is there is not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +74,11 @@ class Comparison:
     notes: tuple[str, ...] = field(default=())
     """What can be concluded, a sentence each."""
 
+    @property
+    def lines(self) -> tuple[Figure, ...]:
+        """The figures that any run may have."""
+        return _lines(self.runs)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `runs` with their figures, `settings`, `best`, `pairs`, `notes`."""
         return {
@@ -128,6 +90,7 @@ class Comparison:
                     "error": run.error,
                     "data": run.data,
                     "model": run.model,
+                    "evaluated_on": None if run.evaluated_on is None else asdict(run.evaluated_on),
                     **run.figures,
                 }
                 for run in self.runs
@@ -191,7 +154,7 @@ def make_comparison(folders: Sequence[Path]) -> Comparison:
     pairs = {(one, other): _difference(runs[one], runs[other]) for one, other in combinations(range(len(runs)), 2)}
     same_rows = all(isinstance(found, PairedDifference) and found.is_all for found in pairs.values())
     settings = differing_settings([run.config for run in runs])
-    best = _best(runs, same_rows=same_rows)
+    best = _best(runs, pairs, same_rows=same_rows)
     from core.comparison.words import notes
 
     found = Comparison(runs, settings, pairs, best)
@@ -224,21 +187,29 @@ def _difference(one: ComparedRun, other: ComparedRun) -> PairedDifference | str:
     return difference(one.judged, other.judged, same_name=one.data == other.data, same_model=same_model)
 
 
-def _best(runs: Sequence[ComparedRun], *, same_rows: bool) -> dict[str, int]:
+def _lines(runs: Sequence[ComparedRun]) -> tuple[Figure, ...]:
+    return figures_of(run.evaluated_on.split for run in runs if run.evaluated_on is not None)
+
+
+def _best(
+    runs: Sequence[ComparedRun], pairs: Mapping[tuple[int, int], PairedDifference | str], *, same_rows: bool
+) -> dict[str, int]:
     """Figure -> place of the only run that is best in it, among those that ended well and can be compared."""
     best = {}
-    for figure in FIGURES:
+    for figure in _lines(runs):
         if figure.better is None or (figure.kind == "loss" and not same_rows):
             continue
         values = [(_rank(figure, run), place) for place, run in enumerate(runs) if run.is_complete]
         known = sorted((value, place) for value, place in values if value is not None)
-        tests = {run.test_on for run in runs if run.figures.get(figure.name) is not None}
+        evaluated = {run.evaluated_on for run in runs if run.figures.get(figure.name) is not None}
         models = {run.model for run in runs if run.figures.get(figure.name) is not None}
         if (
             len(known) < 2
-            or (figure.kind == "test" and len(tests) != 1)
+            or (figure.kind == "evaluation" and len(evaluated) != 1)
             or (figure.kind == "model" and len(models) != 1)
         ):
+            continue
+        if figure.name == "best_val_loss" and _are_as_good(pairs, known[0][1], known[1][1]):
             continue
         # gaps of one grade are alike: what is told apart are grades
         name = "grade" if figure.name == "gap" else figure.name
@@ -249,6 +220,11 @@ def _best(runs: Sequence[ComparedRun], *, same_rows: bool) -> dict[str, int]:
         if known[0][0] < known[1][0] and shown[0] != shown[1]:
             best[figure.name] = known[0][1]
     return best
+
+
+def _are_as_good(pairs: Mapping[tuple[int, int], PairedDifference | str], one: int, other: int) -> bool:
+    pair = pairs[min(one, other), max(one, other)]
+    return isinstance(pair, PairedDifference) and pair.is_negligible
 
 
 def _rank(figure: Figure, run: ComparedRun) -> float | None:
@@ -269,11 +245,11 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
     if is_folds(folder):
         return _read_folds(folder, name, config)
     snapshot = RunReader(folder).poll()
-    summary = read_json(folder / SUMMARY)
-    summary = summary if isinstance(summary, dict) else {}
+    summary = summary_of(snapshot)
     state = snapshot.state
     figures = _figures(snapshot, summary)
-    tested, test_on = _evaluation(folder)
+    evaluation = read_evaluation_of(folder)
+    evaluated, evaluated_on = evaluated_figures(evaluation.report)
     return ComparedRun(
         folder=folder,
         name=name,
@@ -283,10 +259,11 @@ def _read_run(folder: Path, name: str) -> ComparedRun:
         data=_text(state.get("data")),
         model=_text(state.get("model")) or _text(summary.get("model")),
         steps_per_epoch=whole(state.get("steps_per_epoch")),
-        figures={**figures, **tested},
-        test_on=test_on,
+        figures={**figures, **evaluated},
+        evaluated_on=evaluated_on,
         judged=read_judged(folder, whole(figures["best_step"])),
         error=_text(state.get("error")) if snapshot.status == "failed" else None,
+        evaluation_note=evaluation.note,
     )
 
 
@@ -316,29 +293,6 @@ def _figures(snapshot: Snapshot, summary: Mapping[str, Any]) -> dict[str, Value]
     }
 
 
-def _evaluation(folder: Path) -> tuple[dict[str, Value], tuple[Any, ...] | None]:
-    """Figures that `evaluate` wrote, and what they were measured on."""
-    report = read_json(folder / EVALUATION)
-    if not isinstance(report, dict):
-        return {}, None
-    losses, labels, general = (_part(report, name) for name in ("losses", "classification", "general"))
-    adapter, answers = _part(losses, "adapter"), _part(labels, "adapter")
-    figures: dict[str, Value] = {
-        "test_loss": number(adapter.get("loss")),
-        "test_gain": number(losses.get("gain")),
-        "test_gain_low": number(losses.get("gain_low")),
-        "test_gain_high": number(losses.get("gain_high")),
-        "test_gain_interval": interval(number(losses.get("gain_low")), number(losses.get("gain_high"))),
-        "f1": number(answers.get("f1")),
-        "f1_low": number(answers.get("f1_low")),
-        "f1_high": number(answers.get("f1_high")),
-        "f1_interval": interval(number(answers.get("f1_low")), number(answers.get("f1_high"))),
-        "forgotten": number(general.get("rise")),
-    }
-    where = tuple(report.get(name) for name in ("data", "split"))
-    return figures, (*map(str, where), losses.get("num_rows"), losses.get("num_targets"))
-
-
 def _read_folds(folder: Path, name: str, config: RunConfig) -> ComparedRun:
     """The folds' means; the best step is their median, the spread is the mean's t-interval."""
     results = read_folds(folder)
@@ -354,13 +308,13 @@ def _read_folds(folder: Path, name: str, config: RunConfig) -> ComparedRun:
         model=_text(first.state.get("model")),
         steps_per_epoch=whole(first.state.get("steps_per_epoch")),
         figures=_folds_figures(verdict),
-        test_on=None,
+        evaluated_on=None,
         judged=read_judged(folder, None),
     )
 
 
 def _folds_figures(verdict: FoldsVerdict | None) -> dict[str, Value]:
-    figures: dict[str, Value] = dict.fromkeys(figure.name for figure in FIGURES)
+    figures: dict[str, Value] = dict.fromkeys(figure.name for figure in OF_TRAINING)
     if verdict is None:
         return figures
     gap = verdict.gap
@@ -376,19 +330,9 @@ def _folds_figures(verdict: FoldsVerdict | None) -> dict[str, Value]:
     }
 
 
-def interval(low: float | None, high: float | None) -> str | None:
-    """`[0.041, 0.115]`"""
-    return None if low is None or high is None else f"[{low:z.3f}, {high:z.3f}]"
-
-
 def _first(*candidates: object) -> float | None:
     """The first that is a number."""
     return next((value for value in map(number, candidates) if value is not None), None)
-
-
-def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = values.get(name)
-    return part if isinstance(part, dict) else {}
 
 
 def _text(value: object) -> str | None:

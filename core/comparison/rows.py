@@ -23,6 +23,9 @@ from core.row_losses import read_row_losses
 from core.run import SPLIT
 
 CONFIDENCE = 0.95
+NEGLIGIBLE = 0.01
+"""Nats per target token, 1 % of the perplexity: runs that surely differ by less are as good as each other. Of enough
+rows, the interval leaves out 0 for the smallest difference, such as that of two backends that round otherwise."""
 _OTHER_TEXT = 0.1
 """Median difference of the base model's loss, in nats per target token, from which rows of the same place and model
 are other texts."""
@@ -58,6 +61,8 @@ class PairedDifference:
     p_value: float
     is_clear: bool
     """Whether it is more than what luck with the rows would do."""
+    is_negligible: bool
+    """Whether it is surely smaller than `NEGLIGIBLE`: all of the interval, of rows enough to tell."""
     num_rows: int
     num_targets: int
     is_all: bool
@@ -169,10 +174,16 @@ def difference(one: JudgedRows, other: JudgedRows, *, same_name: bool, same_mode
         high=-gain.low,
         p_value=gain.p_value,
         is_clear=gain.verdict != NO_DIFFERENCE,
+        is_negligible=max(abs(gain.low), abs(gain.high)) < NEGLIGIBLE and _can_tell(len(pairs)),
         num_rows=len(pairs),
         num_targets=int(counts.sum()),
         is_all=len(pairs) == len(one.origins) == len(other.origins),
     )
+
+
+def _can_tell(num_rows: int) -> bool:
+    """Whether a difference in so many rows could be clear at all: with fewer, the interval says nothing."""
+    return 2.0 ** (1 - num_rows) <= 1 - CONFIDENCE
 
 
 def _shared(one: JudgedRows, other: JudgedRows) -> IntArray:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from core.comparison.compare import FIGURES, NOTHING, PLOT, RESULT, TABLE, ComparedRun, Comparison, shown_setting
+from core.comparison.compare import NOTHING, PLOT, RESULT, TABLE, ComparedRun, Comparison, shown_setting
 from core.overfitting import GRADES
 from core.screen import GRADE_STYLES, wrapped
 
@@ -77,7 +77,7 @@ def _shortened(lines: Sequence[_Line], width: int) -> list[_Line]:
 
 def _outcome(comparison: Comparison) -> list[_Line]:
     lines = []
-    for figure in FIGURES:
+    for figure in comparison.lines:
         values = [run.figures.get(figure.name) for run in comparison.runs]
         if all(value is None for value in values):
             continue

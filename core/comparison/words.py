@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 from core.comparison.compare import ComparedRun, Comparison
-from core.comparison.rows import PairedDifference
+from core.comparison.rows import NEGLIGIBLE, PairedDifference
 from core.overfitting import GRADES
 from core.records import number
 
@@ -27,7 +29,7 @@ def notes(comparison: Comparison, *, only_luck: bool) -> Iterator[str]:
     elif only_luck:
         yield "Only the seed differs: how far the runs lie apart is what luck alone does."
     yield from _unfinished(runs)
-    yield from _tests(runs)
+    yield from _evaluations(runs)
 
 
 def _different_data(runs: Sequence[ComparedRun]) -> Iterator[str]:
@@ -49,16 +51,24 @@ def _losses(comparison: Comparison) -> Iterator[str]:
     found = {place: _pair(comparison, lowest, place) for place in others}
     known = {place: pair for place, pair in found.items() if isinstance(pair, PairedDifference)}
     for place, pair in known.items():
-        yield _verdict(runs[lowest], runs[place], pair)
+        if pair.value > 0:  # the lowest is so by other rows than these two share
+            yield _verdict(runs[place], runs[lowest], pair.reversed())
+        else:
+            yield _verdict(runs[lowest], runs[place], pair)
     same_data = {place: pair for place, pair in found.items() if runs[place].data == runs[lowest].data}
     for place, why in same_data.items():
         if isinstance(why, str):
             yield f"{runs[lowest].name} and {runs[place].name}: their losses can't be compared, {why}."
-    if len(known) >= _MANY - 1:
+    if len(known) >= _MANY - 1 and _on_the_same_rows(comparison, [lowest, *known]):
         yield (
             f"The lowest of {len(known) + 1} on the same rows looks better than it is, for it was chosen by them; "
             "test rows tell: python cli.py evaluate RUN"
         )
+
+
+def _on_the_same_rows(comparison: Comparison, places: Sequence[int]) -> bool:
+    pairs = (_pair(comparison, one, other) for one, other in combinations(places, 2))
+    return all(isinstance(pair, PairedDifference) and pair.is_all for pair in pairs)
 
 
 def _without_losses(runs: Sequence[ComparedRun]) -> str:
@@ -89,7 +99,16 @@ def _pair(comparison: Comparison, one: int, other: int) -> PairedDifference | st
 
 
 def _verdict(lower: ComparedRun, higher: ComparedRun, pair: PairedDifference) -> str:
+    """Args: pair: the lower's loss less the higher's."""
+    assert pair.value <= 0
     rows = f"on {'the same' if pair.is_all else 'the shared'} {pair.num_rows} validation rows"
+    if pair.is_negligible:
+        more = pair.reversed()
+        return (
+            f"{lower.name} and {higher.name} are as good as each other: their validation losses differ by "
+            f"{more.value:z.3f} [{more.low:z.3f}, {more.high:z.3f}], less than {NEGLIGIBLE:g} nats "
+            f"({100 * NEGLIGIBLE:g} % of perplexity), {rows}."
+        )
     if pair.is_clear:
         near, far = sorted(map(abs, (pair.low, pair.high)))
         by = f"{abs(pair.value):.3f} [{near:.3f}, {far:.3f}] {rows}{_but(lower, higher)}"
@@ -113,10 +132,13 @@ def _unfinished(runs: Sequence[ComparedRun]) -> Iterator[str]:
             yield f"{run.name}: {run.status.replace('_', ' ')}{why}; its figures are those so far."
 
 
-def _tests(runs: Sequence[ComparedRun]) -> Iterator[str]:
-    measured = [run for run in runs if run.test_on is not None]
-    if len({run.test_on for run in measured}) > 1:
-        yield "The test figures are of different rows: they can't be compared."
-    if measured and len(measured) < len(runs):
-        run = next(run for run in runs if run.test_on is None)
-        yield f"{run.name} has no test figures: python cli.py evaluate {run.folder}"
+def _evaluations(runs: Sequence[ComparedRun]) -> Iterator[str]:
+    measured = [run for run in runs if run.evaluated_on is not None]
+    if len({run.evaluated_on for run in measured}) > 1:
+        groups = "; ".join(f"{run.name} on {run.evaluated_on}" for run in measured)
+        yield f"Evaluated on different rows ({groups}): these losses and scores can't be compared."
+    noted = [run for run in runs if run.evaluation_note is not None]
+    yield from (f"{run.name}: {run.evaluation_note}" for run in noted)
+    others = [run for run in runs if run.evaluated_on is None and run not in noted]
+    if measured and others:
+        yield f"{others[0].name} is not evaluated: python cli.py evaluate {shlex.quote(str(others[0].folder))}"

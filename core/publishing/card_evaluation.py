@@ -99,8 +99,8 @@ class CardEvaluation:
             if None not in cells:
                 yield f"| {name} | {cells[0]} | {cells[1]} |"
         yield ""
-        yield from _difference(losses, "gain", "Loss: {} nats per target token lower.\n")
-        yield from _difference(_section(self.report, "classification"), "f1_gain", "F1: {} higher.\n")
+        yield from _difference(losses, "gain", "Loss: {} nats per target token {}.\n", ("lower", "higher"))
+        yield from _difference(_section(self.report, "classification"), "f1_gain", "F1: {} {}.\n", ("higher", "lower"))
         yield from self._forgotten()
         if (line := _section(self.report, "gate").get("line")) is not None:
             yield f"Gate: {plain(line)}\n"
@@ -125,15 +125,19 @@ def read_evaluation(report: object, *, data_name: str, data_path: str, data_id: 
     if not isinstance(report, Mapping) or not _section(report, "losses"):
         return None
     data = report.get("data")
-    if data is None or data in (data_path, data_name) or _name(data) == data_name:
+    if data is None or data in (data_path, data_name):
         return CardEvaluation(report, plain(data_name), data_id)
     return CardEvaluation(report, _name(data), None)
 
 
-def _difference(section: Mapping[str, Any], key: str, words: str) -> Iterator[str]:
+def _difference(section: Mapping[str, Any], key: str, line: str, directions: tuple[str, str]) -> Iterator[str]:
+    """A gain with its interval and the first direction; what is below 0 without its sign, with the second."""
     value, low, high = (number(section.get(name)) for name in (key, f"{key}_low", f"{key}_high"))
     if value is not None and low is not None and high is not None:
-        yield words.format(f"{value:.3f} [{low:.3f}, {high:.3f}]")
+        is_loss = value < 0
+        if is_loss:
+            value, low, high = -value, -high, -low
+        yield line.format(f"{value:z.3f} [{low:z.3f}, {high:z.3f}]", directions[is_loss])
 
 
 def _cell(side: Mapping[str, Any], key: str) -> str | None:

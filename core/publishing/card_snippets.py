@@ -75,9 +75,9 @@ def _merged_lines(published: Published) -> Iterator[str]:
     if published.has_gguf:
         yield "**llama.cpp**\n"
         yield from _block("bash", f"llama-cli -hf {repo}")
-    if weights in ("16-bit", "mlx-4bit"):
-        yield "**Twinkeel**: train a new adapter on it\n"
-        yield from _block("bash", f"python cli.py train --model {repo} --data ROWS.jsonl")
+    yield "**Twinkeel**: train a new adapter on it\n"
+    backend = {"mlx-4bit": " --backend mlx", "nf4": " --backend cuda"}.get(weights, "")
+    yield from _block("bash", f"python cli.py train{backend} --model {repo} --data ROWS.jsonl")
 
 
 def _peft(repo: str, base: str, has_chat_template: bool) -> str:

@@ -5,9 +5,10 @@ Every error becomes one line. No message holds a URL or a token: a signed URL is
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -144,15 +145,22 @@ class Hub:
     def upload(self, files: Sequence[UploadFile], *, remote: Remote, private: bool, message: str) -> str:
         """Makes the repository if need be, uploads in one commit and checks what arrived. Returns the commit's URL.
 
+        A commit whose answer was lost is looked for: it may have been made all the same.
+
         Raises:
-            UserError: with what is there now, when it failed after the repository was made.
+            UserError: with what is there now, as far as it is known.
         """
         if not remote.exists:
             with self._errors("making the repository"):
                 self._api.create_repo(self.repo, private=private)
         was_made = "" if remote.exists else f"; {self.repo} was made and is empty"
         with self._errors("uploading", after=was_made):
-            commit = self._commit(files, parent=remote.commit, message=message)
+            try:
+                commit = self._commit(files, parent=remote.commit, message=message)
+            except Exception as error:
+                if not _may_be_committed(error):
+                    raise
+                return self._found_again(files, error)
         with self._errors("checking what arrived", done=True):
             self._check(files, commit.oid)
         return str(commit.commit_url)
@@ -169,6 +177,22 @@ class Hub:
         ]
         # the parent: a commit of somebody else's since the table was shown is not built upon
         return self._api.create_commit(self.repo, operations, commit_message=message, parent_commit=parent)
+
+    def _found_again(self, files: Sequence[UploadFile], error: Exception) -> str:
+        """The URL of a commit whose answer was lost, if every file is there.
+
+        Raises:
+            UserError: they are not, or not yet, or nobody answers.
+        """
+        with suppress(UserError):
+            remote = self.look()
+            if all(remote.change(file) == "same" for file in files):
+                return f"{repo_url(self.repo)}/commit/{remote.commit}"
+        what, _ = self._explained(error)
+        raise UserError(
+            f"{what} while uploading: whether the files arrived is not known",
+            hint="push again: it shows what is there, and sends nothing twice",
+        ) from error
 
     def _check(self, files: Sequence[UploadFile], commit: str) -> None:
         """Raises: UserError: a file is not there, or is another one than was shown."""
@@ -263,6 +287,27 @@ def _status(error: BaseException | None) -> int | None:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if isinstance(status, int):
             return status
+        error = error.__cause__
+    return None
+
+
+def _may_be_committed(error: Exception) -> bool:
+    """Whether the hub may have made the commit, for an error of making it: the answer did not come, or makes no sense.
+
+    What comes before the commit itself, the large files above all, fails with the request of another address, or,
+    from hf_xet, with a plain RuntimeError.
+    """
+    status, address = _status(error), _address(error)
+    if address is not None:
+        return "/commit/" in address and (status is None or status >= 500)
+    return isinstance(error, KeyError | json.JSONDecodeError | ConnectionError | TimeoutError | _transport_errors())
+
+
+def _address(error: BaseException | None) -> str | None:
+    """Of the request behind an error."""
+    while error is not None:
+        with suppress(AttributeError, RuntimeError):  # httpx raises the latter where none is known
+            return str(error.request.url)  # type: ignore[attr-defined]
         error = error.__cause__
     return None
 

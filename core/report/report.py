@@ -17,19 +17,19 @@ from typing import Any
 from core.comparison.compare import shown_setting
 from core.config import BASE_MODEL, RunConfig
 from core.errors import UserError
-from core.files import read_json
+from core.evaluation.report import read_evaluation_of
 from core.folds import fold_name, is_folds
 from core.journal import ROUTING, read_records
 from core.monitor import RunReader, Snapshot
 from core.records import Record, gap_of, number, whole
 from core.routing import shares_of
-from core.run import ADAPTERS, COMPLETE, CONFIG, SUMMARY
+from core.run import ADAPTERS, COMPLETE, CONFIG
+from core.run_summary import summary_of
 from core.screen import count, duration
 from core.settings import load_config
 from core.settings import values as settings_of
 from core.verdict import NOT_JUDGED, verdict_lines
 
-EVALUATION = "evaluation/evaluation_report.json"
 _LABELLED = re.compile(r"  (?P<label>note|experts|validation loss|gap)  +(?P<text>.*)")
 _SIZE = "trained on"
 
@@ -69,7 +69,7 @@ class RunReport:
     routing: tuple[Record, ...]
     """Before training and at the best step, of a mixture; each with `routing`."""
     evaluation: Mapping[str, Any]
-    """What `evaluate` wrote; empty where it was not called."""
+    """What `evaluate` wrote of this adapter; empty where it was not called."""
     changed: tuple[Setting, ...]
     """Settings that are not the defaults."""
     defaults: tuple[Setting, ...]
@@ -77,6 +77,8 @@ class RunReport:
     commands: tuple[tuple[str, str], ...]
     """What to do next, and what to type."""
     problems: tuple[str, ...] = field(default=())
+    evaluation_note: str | None = None
+    """Why an evaluation that is there is not shown."""
 
     @property
     def status(self) -> str:
@@ -101,12 +103,10 @@ def read_report(folder: Path) -> RunReport:
         )
     config = load_config(folder / CONFIG)
     snapshot = RunReader(folder).poll()
-    found = read_json(folder / SUMMARY)
-    # of a run that goes on, the summary is from when it stopped
-    summary = found if isinstance(found, dict) and snapshot.has_ended else {}
+    summary = summary_of(snapshot)
     training, evaluations = _records(folder)
     changed, defaults = settings_tables(config)
-    evaluation = read_json(folder / EVALUATION)
+    evaluation = read_evaluation_of(folder)
     return RunReport(
         folder=folder,
         name=folder.resolve().name,
@@ -117,12 +117,13 @@ def read_report(folder: Path) -> RunReport:
         training=training,
         evaluations=evaluations,
         routing=tuple(_routing(evaluations, whole(snapshot.state.get("best_step")))),
-        evaluation=evaluation if isinstance(evaluation, dict) else {},
+        evaluation=evaluation.report or {},
         changed=changed,
         defaults=defaults,
         environment=tuple(environment(snapshot, summary)),
-        commands=tuple(next_commands(folder, snapshot, has_evaluation=isinstance(evaluation, dict))),
+        commands=tuple(next_commands(folder, snapshot, has_evaluation=evaluation.report is not None)),
         problems=snapshot.problems,
+        evaluation_note=evaluation.note,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.comparison.compare import interval
+from core.comparison.figures import interval
 from core.general import CategoryScores, GeneralReport, WorstText
 from core.records import number, whole
 from core.report.curves import Table

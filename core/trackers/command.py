@@ -30,7 +30,7 @@ def track(folder: Path, *, to: Sequence[str], console: Console) -> int:
         UserError: a package is not installed, or there is nothing to send.
     """
     names = list(dict.fromkeys(to))
-    check_installed(names)
+    check_installed(names, said_by="--to")
     runs = runs_of(folder)
     if not runs:
         raise UserError(f"{folder}: no records yet", hint=f"watch it with: python cli.py monitor {folder}")

@@ -22,6 +22,9 @@ _DEFAULTS = {
 }
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _SHORTEST_SECRET = 6
+_USERINFO = re.compile(r"(?<=://)(?:[^/\s]*|[^:/\s]*:[^@\s]*)@")
+"""User and password of an address. A password in SQLAlchemy's addresses may hold a slash."""
+_TOKEN = re.compile(r"(token=)\S+", re.IGNORECASE)
 _LONGEST_ERROR = 160
 
 
@@ -51,7 +54,7 @@ def for_worker() -> dict[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in a line, without anything that a variable named like a key holds."""
+    """What went wrong, in a line, without secrets."""
     text = " ".join(str(error).split())
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     text = without_secrets(text)
@@ -59,7 +62,13 @@ def one_line(error: BaseException) -> str:
 
 
 def without_secrets(text: str) -> str:
+    """The text without what a variable named like a key holds, and without users, passwords and tokens in addresses."""
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET:
             text = text.replace(value, "***")
-    return text
+    return _TOKEN.sub(r"\1***", _USERINFO.sub("***@", text))
+
+
+def without_credentials(url: str) -> str:
+    """The address without user, password and query, to be shown and kept. (`urlunsplit` would harm `sqlite:///x`.)"""
+    return re.sub(r"\?[^#]*", "", _USERINFO.sub("", url))

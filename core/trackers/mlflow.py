@@ -11,6 +11,7 @@ from typing import Any
 
 from core.run import COMPLETE
 from core.trackers.base import End, Point, RunFacts, Started
+from core.trackers.environment import without_credentials
 from core.trackers.points import EPOCH
 
 URI = "MLFLOW_TRACKING_URI"
@@ -66,14 +67,16 @@ class MlflowTracker:
     def log(self, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
-        # a step's numbers in one request: it is there whole or not at all, and `EPOCH` tells
-        for part in _parts(points, _METRICS_AT_ONCE // max(len(point.values) for point in points)):
+        # a step's numbers in one request, to be there whole or not at all; of too many, `EPOCH` goes last and tells
+        most = max(len(point.values) for point in points)
+        for part in _parts(points, max(_METRICS_AT_ONCE // max(most, 1), 1)):
             metrics = [
                 Metric(name, value, _ms(point.time), point.step)
                 for point in part
-                for name, value in point.values.items()
+                for name, value in sorted(point.values.items(), key=lambda item: item[0] == EPOCH)
             ]
-            self._client.log_batch(self._id, metrics=metrics)
+            for some in _parts(metrics, _METRICS_AT_ONCE):
+                self._client.log_batch(self._id, metrics=some)
 
     def finish(self, end: End) -> None:
         for name, value in end.summary.items():
@@ -96,6 +99,7 @@ def _ms(seconds: float) -> int:
 
 
 def _where(uri: str) -> str:
+    uri = without_credentials(uri)
     if uri.startswith(("http://", "https://")):
         return uri
     # the page is in the full `mlflow` package, which need not be in this environment

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 from core.overfitting import GRADES
@@ -59,13 +60,23 @@ def _named(name: str) -> str:
 
 
 def flat(values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Value]:
-    """Nested settings or a summary by dotted names. A list of plain values becomes text; other lists are left out."""
+    """Nested settings or a summary by dotted names. A list of plain values becomes text; other lists are left out.
+
+    Of absolute paths only the last part stays.
+    """
     found: dict[str, Value] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             found |= flat(value, prefix=f"{prefix}{name}.")
         elif value is None or isinstance(value, str | int | float | bool):
-            found[prefix + name] = value
+            found[prefix + name] = _public(value)
         elif isinstance(value, list) and not any(isinstance(one, list | dict) for one in value):
-            found[prefix + name] = ", ".join(map(str, value))
+            found[prefix + name] = ", ".join(str(_public(one)) for one in value)
     return found
+
+
+def _public(value: Value) -> Value:
+    """Of an absolute path the last part: the rest is about whose machine it is."""
+    if isinstance(value, str) and value.startswith(("/", "~")):
+        return PurePath(value).name or value
+    return value

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,19 +33,25 @@ LOCK_SECONDS = 30.0
 """What a run that goes on waits for the tracker of the process that was killed."""
 ORPHAN_SECONDS = 60.0
 """How long a tracker outlives a run that was killed, to send what is written already."""
+NICENESS = 10
+"""Of the trackers' processes: the training goes first where processors are few."""
 _QUIET_SECONDS = 3.0
 """From where waiting is said."""
 _POLL_SECONDS = 0.05
 
 
-def check_installed(names: Sequence[str]) -> None:
-    """Raises: UserError: the package of a tracker is not installed, or `.env` can't be read."""
+def check_installed(names: Sequence[str], *, said_by: str = "log.trackers") -> None:
+    """Raises: UserError: the package of a tracker is not installed, or `.env` can't be read.
+
+    Args:
+        said_by: the setting or the flag that names the trackers.
+    """
     for name in names:
         if absent := missing_packages(name):
             raise UserError(
-                f"log.trackers: {name} needs {' and '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} "
+                f"{said_by}: {name} needs {' and '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} "
                 "not installed",
-                hint=f'pip install -e ".[{name}]", or leave {name} out of log.trackers',
+                hint=f'pip install -e ".[{name}]", or leave {name} out of {said_by}',
             )
     if names:
         environment()
@@ -65,7 +71,7 @@ def _is_installed(distribution: str) -> bool:
 
 
 @dataclass(slots=True)
-class Progress:
+class TrackerProgress:
     """What a tracker's process has said so far."""
 
     where: str | None = None
@@ -82,13 +88,13 @@ class TrackerProcess:
         self, folder: Path, name: str, *, on_change: Callable[[TrackerProcess], None], lock_seconds: float
     ) -> None:
         self.name = name
-        self.progress = Progress()
+        self.progress = TrackerProgress()
         self.heard = time.monotonic()
         """When it last said something."""
         self._on_change = on_change
-        seconds = (str(lock_seconds), str(ORPHAN_SECONDS))
+        numbers = (str(lock_seconds), str(ORPHAN_SECONDS), str(NICENESS))
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "core.trackers.worker", str(folder), name, KINDS[name].place, *seconds],
+            [sys.executable, "-P", "-m", "core.trackers.worker", str(folder), name, KINDS[name].place, *numbers],
             env=for_worker(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -102,23 +108,28 @@ class TrackerProcess:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         progress = self.progress
-        for line in self._process.stdout:
-            self.heard = time.monotonic()
-            message: dict[str, Any] = json.loads(line)
-            event = message["event"]
-            if event == "ready":
-                progress.where = message["where"]
-            elif event == "sent":
-                progress.num_records += message["records"]
-            elif event == "done":
-                progress.is_done = True
-            elif event == "failed":
-                progress.error = message["error"]
-            self._on_change(self)
-        if not progress.is_done and progress.error is None:
+        try:
+            for line in self._process.stdout:
+                self.heard = time.monotonic()
+                with suppress(json.JSONDecodeError):  # a process that was killed may leave half a line
+                    self._take(json.loads(line))
+        finally:
             code = self._process.wait()
+        if not progress.is_done and progress.error is None:
             progress.error = f"its process ended with {code if code >= 0 else signal.Signals(-code).name}"
             self._on_change(self)
+
+    def _take(self, message: Mapping[str, Any]) -> None:
+        progress, event = self.progress, message["event"]
+        if event == "ready":
+            progress.where = message["where"]
+        elif event == "sent":
+            progress.num_records += message["records"]
+        elif event == "done":
+            progress.is_done = True
+        elif event == "failed":
+            progress.error = message["error"]
+        self._on_change(self)
 
     def close_input(self) -> None:
         """Says that the run's process is done: the tracker sends the rest and ends."""
@@ -134,7 +145,8 @@ class TrackerProcess:
     def kill(self, reason: str) -> None:
         """Ends a process that does not end by itself, with all that it started."""
         self.progress.error = self.progress.error or reason
-        with suppress(ProcessLookupError):
+        # Darwin refuses (EPERM) to signal a group that is all zombies
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 

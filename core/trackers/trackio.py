@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.trackers.base import End, Point, RunFacts, Started
+from core.trackers.environment import without_credentials
 
 FOLDER, VARIABLE = "trackio", "TRACKIO_DIR"
 _REMOTE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
@@ -36,12 +37,8 @@ class TrackioTracker:
         # of a run that goes on, trackio asks where it is kept which step comes next
         self._last_step = self._run._next_step - 1
         remote = next((os.environ[name] for name in _REMOTE if os.environ.get(name)), None)
-        if remote is not None:
-            where = remote
-        else:
-            where = f"trackio show --project {shlex.quote(facts.project)}"
-            where = f"{VARIABLE}={shlex.quote(str(facts.home / FOLDER))} {where}" if is_own else where
         self._is_local = remote is None
+        where = _where(facts, is_own=is_own) if remote is None else without_credentials(remote)
         return Started(None if self._last_step < 0 else self._last_step, where)
 
     def log(self, points: Sequence[Point]) -> None:
@@ -65,3 +62,8 @@ class TrackioTracker:
                 raise OSError(f"step {self._last_step} was not written; see its log")
         elif SQLiteStorage.has_pending_data(self._project):
             raise ConnectionError("not all was delivered")
+
+
+def _where(facts: RunFacts, *, is_own: bool) -> str:
+    show = f"trackio show --project {shlex.quote(facts.project)}"
+    return f"{VARIABLE}={shlex.quote(str(facts.home / FOLDER))} {show}" if is_own else show

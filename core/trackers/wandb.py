@@ -10,6 +10,7 @@ from typing import Any
 
 from core.run import COMPLETE
 from core.trackers.base import End, Point, RunFacts, Started
+from core.trackers.environment import without_credentials
 from core.trackers.wandb_files import last_step_in
 
 FOLDER = "wandb"
@@ -28,7 +29,7 @@ _QUIET = {
     "x_disable_machine_info": True,
     "x_save_requirements": False,
 }
-"""Nothing but the run's own numbers goes out."""
+"""What the library would send of the machine, the code and the screen stays here."""
 
 
 class WandbTracker:
@@ -60,7 +61,7 @@ class WandbTracker:
             command = f"wandb sync {shlex.quote(str(facts.folder / FOLDER))}/offline-run-*-{facts.run_id}"
             return Started(kept, f"offline{why}; upload with: {command}")
         at = int(self._run.starting_step)
-        return Started(at - 1 if self._run.resumed and at > 0 else None, str(self._run.url))
+        return Started(at - 1 if self._run.resumed and at > 0 else None, without_credentials(str(self._run.url)))
 
     def log(self, points: Sequence[Point]) -> None:
         for point in points:

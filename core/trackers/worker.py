@@ -1,6 +1,6 @@
 """The process that stands between the journal and one tracker.
 
-    python -m core.trackers.worker RUN NAME PLACE LOCK_SECONDS ORPHAN_SECONDS
+    python -m core.trackers.worker RUN NAME PLACE LOCK_SECONDS ORPHAN_SECONDS NICENESS
 
 It follows `metrics.jsonl` from its beginning, sends what the tracker does not have yet, and ends when its input is
 closed: by the run's process at its end, or by the system when that process was killed. Whether the run is over then,
@@ -40,8 +40,6 @@ from core.trackers.points import flat, point_of
 POLL_SECONDS = 0.5
 CHUNK = 50
 """Points that are sent at once, when there are so many."""
-NICENESS = 10
-"""The training goes first where processors are few."""
 
 _FACTS = ("model", "backend", "device", "precision", "num_train_rows", "num_val_rows", "num_parameters")
 
@@ -118,6 +116,7 @@ class Feed:
             return "running", {}, checksum({})
         found = read_json(self._folder / SUMMARY)
         summary = flat(found) if isinstance(found, dict) else {}
+        summary.pop("error", None)  # its text may name anything on this machine; the status says that it failed
         return status, summary, checksum({"status": status, **summary})
 
     def _finish(self) -> None:
@@ -171,7 +170,7 @@ def main(arguments: list[str]) -> int:
     threading.Thread(target=_end_with, args=(os.getppid(), orphan_seconds), daemon=True).start()
     (folder / FOLDER).mkdir(exist_ok=True)
     channel = _take_output(folder / FOLDER / f"{name}.log")
-    os.nice(NICENESS)
+    os.nice(int(arguments[5]))
 
     def report(message: Mapping[str, Any]) -> None:
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import backends
 from core.adapter import Adapter
@@ -26,13 +26,12 @@ from core.moves import choose_backend
 from core.protocols import Backend, DeviceReport, Learner, TrainState
 from core.run import ADAPTERS, CONFIG
 from core.settings import load_config, resolve
+from core.sides import SIDES as SIDES  # also for those that open runs
+from core.sides import Side as Side
 from core.workflow.job import changed, find_backend, find_model, with_all_layers
 from data.tokenize import load_tokenizer
 
 _log = logging.getLogger("twinkeel")
-
-Side = Literal["base", "adapter"]
-SIDES: tuple[Side, ...] = ("base", "adapter")
 
 Flags = Mapping[str, tuple[str, Any]]
 """Dotted name of a setting -> flag and value, as typed."""

@@ -11,14 +11,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-import backends
 from core.errors import OutOfMemoryError
 from core.evaluation.journal import RowJournal
 from core.protocols import FILLER_ROW, Batch, FloatArray, IntArray
-from core.sampling import Continuation
 from core.workflow.after import OpenedRun, Side
+from core.workflow.talking import answer_prompts
 from data.answers import AskedRow
-from data.prompt import decode
 
 _log = logging.getLogger("twinkeel")
 POSITIONS = {True: 16_384, False: 4_096}
@@ -103,14 +101,12 @@ def answer_rows(
     due = [batch for batch in plan if not done.issuperset(batch)]
     if not due:
         return
-    opened.use(side)
     with progress(f"{NAMES[side]}: answers", sum(map(len, due)), console) as advance:
         for batch in due:
-            prompts = [_prompt(rows[row]) for row in batch]
-            found = _generate(opened, prompts, max_tokens=max_tokens)
+            found = _answer(opened, side, [rows[row] for row in batch], max_tokens=max_tokens)
             journal.append(
-                {"side": side, "row": row, **_record(opened, rows[row], one)}
-                for row, one in zip(batch, found, strict=True)
+                {"side": side, "row": row, "text": answer.text, "ended": answer.ended}
+                for row, answer in zip(batch, found, strict=True)
             )
             advance(len(batch))
 
@@ -139,30 +135,23 @@ def _prompt(row: AskedRow) -> list[int]:
     return ids
 
 
-def _generate(opened: OpenedRun, prompts: Sequence[Sequence[int]], *, max_tokens: int) -> list[Continuation]:
+def _answer(opened: OpenedRun, side: Side, rows: Sequence[AskedRow], *, max_tokens: int) -> list[Answer]:
     """One batch, or where that does not fit its halves."""
     try:
-        return backends.generate(
-            opened.run.backend.name, opened.learner, opened.tokenizer, prompts, max_tokens=max_tokens
+        found = answer_prompts(
+            opened, side, [_prompt(row) for row in rows], stops=[row.stops for row in rows], max_tokens=max_tokens
         )
     except OutOfMemoryError as error:
-        if len(prompts) == 1:
+        if len(rows) == 1:
             raise OutOfMemoryError(error.what, hint="lower --max-tokens, or use --no-generate") from None
-        _log.info("%d prompts at once don't fit: half of them", len(prompts))
-    half = len(prompts) // 2
+        _log.info("%d prompts at once don't fit: half of them", len(rows))
+    else:
+        return [Answer(answer.text, answer.ended) for answer in found]
+    half = len(rows) // 2
     return [
-        *_generate(opened, prompts[:half], max_tokens=max_tokens),
-        *_generate(opened, prompts[half:], max_tokens=max_tokens),
+        *_answer(opened, side, rows[:half], max_tokens=max_tokens),
+        *_answer(opened, side, rows[half:], max_tokens=max_tokens),
     ]
-
-
-def _record(opened: OpenedRun, row: AskedRow, found: Continuation) -> dict[str, object]:
-    text = decode(opened.tokenizer, found.ids)
-    ended = found.ended
-    for stop in row.stops:
-        text, stopped, _ = text.partition(stop)
-        ended = ended or bool(stopped)
-    return {"text": text.strip(), "ended": ended}
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

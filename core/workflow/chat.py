@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -89,6 +90,9 @@ def _converse(talk: _Chat, console: Console) -> None:
                 return
         except UserError as error:
             console.print(Text(f"{error.what}{f': {error.hint}' if error.hint else ''}", "yellow"))
+        except Exception:  # a bug of ours must not cost the conversation
+            traceback.print_exc()
+            console.print(Text("a mistake in the program; the conversation is still there: /save FILE.jsonl", "yellow"))
         except KeyboardInterrupt:  # the second during an answer
             console.print()
             return
@@ -259,9 +263,19 @@ class _Chat:
         return turn
 
     def _retry(self) -> None:
+        """The new answer takes the place of the last; where there is none, all stays as it was."""
         if self._settings.sampling.temperature == 0.0:
             self._tell(["the temperature is 0: the same question has the same answer; /set temperature 0.7"])
-        self._ask(self._undo().question, self._sides)
+        before = {side: conversation.copy() for side, conversation in self._conversations.items()}
+        number = self._num_asked
+        is_answered = False
+        try:
+            self._ask(self._undo().question, self._sides)
+            last = last_turn(list(self._conversations.values()))
+            is_answered = last is not None and last.number > number
+        finally:
+            if not is_answered:
+                self._conversations = before
 
     def _say(self, text: str) -> None:
         """For somebody who types; a program reads answers only."""

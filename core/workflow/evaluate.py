@@ -17,11 +17,23 @@ from core.config import RunConfig
 from core.errors import UserError
 from core.evaluation.bootstrap import BETTER
 from core.evaluation.classification import Classification, classify
-from core.evaluation.journal import RowJournal, fingerprint
+from core.evaluation.journal import RowJournal, fingerprint, forget_others, is_journal, journal_name
 from core.evaluation.labels import LabelScheme, find_scheme
 from core.evaluation.losses import PairedLosses, pair_losses
 from core.evaluation.plots import write_plots
-from core.evaluation.report import FOLDER, PLOTS, REPORT, ROWS_CSV, SUMMARY_CSV, Answers, Evaluation, Row, write_report
+from core.evaluation.report import (
+    FOLDER,
+    PLOTS,
+    REPORT,
+    ROWS_CSV,
+    SUMMARY_CSV,
+    Answers,
+    Evaluation,
+    Row,
+    adapter_sha256,
+    earlier_findings,
+    write_report,
+)
 from core.evaluation.screen import print_evaluation
 from core.evaluation.text_scores import TextScores, score_texts
 from core.files import read_json
@@ -31,6 +43,7 @@ from core.models.fingerprint import model_fingerprint
 from core.protocols import Batch
 from core.run import SUMMARY, NewFolder
 from core.screen import logging_to
+from core.seeding import generator
 from core.signals import termination_as_interrupt
 from core.workflow.after import SIDES, Flags, OpenedRun, Side, TrainedRun, find_trained, opened_run
 from core.workflow.answering import answer_rows, answers_there, losses_there, measure_losses
@@ -40,12 +53,13 @@ from data.answers import AskedRow, read_asked
 from data.batches import eval_batches
 from data.keys import hash_tokens
 from data.shapes import Limit, eval_shapes
-from data.tokenize import load_tokenizer
+from data.tokenize import Tokenizer, load_tokenizer
 
 _log = logging.getLogger("twinkeel")
 INTERRUPTED = 130
-_LOSSES, _ANSWERS = "losses.jsonl", "answers.jsonl"
-_OURS = {_LOSSES, _ANSWERS, REPORT, SUMMARY_CSV, ROWS_CSV, PLOTS}
+_OURS = {REPORT, SUMMARY_CSV, ROWS_CSV, PLOTS}
+_SCHEME_ROWS = 2_000
+"""Rows whose answers show, beside those of the rows that are evaluated, which labels there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +125,7 @@ class _Plan:
     """Everything that was found before anything is written."""
 
     run: TrainedRun
+    adapter_sha256: str
     options: EvaluateOptions
     held_out: HeldOut
     asked: Sequence[AskedRow]
@@ -157,9 +172,13 @@ def _plan(folder: Path, options: EvaluateOptions, flags: Flags) -> _Plan:
     if options.text_scores and options.generate is False:
         raise UserError("--text-scores needs answers, and --no-generate forbids them", hint="leave one of them out")
     run = find_trained(folder, flags=flags)
+    weights = adapter_sha256(run.folder)
+    assert weights is not None  # they were just read
     config = run.config
     seed = config.train.seed
     held_out = find_rows(run, data=options.data, split=options.split).at_most(options.max_samples, seed=seed)
+    if options.gate and held_out.split == "train" and held_out.trained_on.all():
+        raise UserError("--gate needs rows that were not trained on", hint="leave out --split train")
     tokenizer = load_tokenizer(run.model.path, trust_remote_code=config.model.trust_remote_code)
     asked = read_asked(held_out.config, held_out.rows, tokenizer)
     can_answer = all(row.expected is not None for row in asked)
@@ -168,10 +187,14 @@ def _plan(folder: Path, options: EvaluateOptions, flags: Flags) -> _Plan:
             f"{held_out.name}: no row can be answered: they are plain text",
             hint="leave out --generate and --text-scores: the losses need no answers",
         )
-    scheme = _find_scheme(asked) if can_answer and options.generate is not False else None
+    scheme = None
+    if can_answer and options.generate is not False:
+        others = _read_some(held_out, tokenizer, seed=seed)
+        scheme = _find_scheme([*asked, *others]) or _find_scheme(asked)
     limit = _limit(config, options)
     return _Plan(
         run=run,
+        adapter_sha256=weights,
         options=options,
         held_out=held_out,
         asked=asked,
@@ -183,10 +206,23 @@ def _plan(folder: Path, options: EvaluateOptions, flags: Flags) -> _Plan:
     )
 
 
+def _read_some(held_out: HeldOut, tokenizer: Tokenizer, *, seed: int) -> list[AskedRow]:
+    """Rows of the data that are not evaluated: a few rows need not have all labels. At most `_SCHEME_ROWS`."""
+    evaluated = set(held_out.rows.origin)
+    others = [at for at, origin in enumerate(held_out.known.origin) if origin not in evaluated]
+    if len(others) > _SCHEME_ROWS:
+        chosen = generator(seed, "evaluation-labels").choice(len(others), _SCHEME_ROWS, replace=False)
+        others = [others[at] for at in sorted(chosen)]
+    if not others:
+        return []
+    rows = read_asked(held_out.config, held_out.known.select(others), tokenizer)
+    return [row for row in rows if row.expected is not None]
+
+
 def _find_scheme(asked: Sequence[AskedRow]) -> LabelScheme | None:
     """The labels of the rows, where every row has one."""
     expected = [row.expected or "" for row in asked]
-    scheme = find_scheme(expected, [row.label for row in asked])
+    scheme = find_scheme(expected, [row.label for row in asked], [row.question for row in asked])
     if scheme is None or any(scheme.read(text).label is None for text in expected):
         return None
     return scheme
@@ -208,11 +244,14 @@ def _evaluate(folder: Path, options: EvaluateOptions, flags: Flags, console: Con
     output = Path(options.output) if options.output else plan.run.folder / FOLDER
     _refuse_other(output)
     _say_plan(plan)
+    names = [journal_name("losses", plan.losses_key), journal_name("answers", plan.answers_key)]
     with (
         NewFolder(output) as new,
-        RowJournal(output / _LOSSES, plan.losses_key, anew=options.anew) as losses,
-        RowJournal(output / _ANSWERS, plan.answers_key, anew=options.anew) as answers,
+        RowJournal(output / names[0], plan.losses_key, anew=options.anew) as losses,
+        RowJournal(output / names[1], plan.answers_key, anew=options.anew) as answers,
     ):
+        if options.anew:
+            forget_others(output, names)
         general = None
         with nullcontext() if _is_done(plan, losses, answers) else opened_run(plan.run) as opened:
             new.keep()
@@ -221,10 +260,11 @@ def _evaluate(folder: Path, options: EvaluateOptions, flags: Flags, console: Con
                 general = _general(opened) if options.general else None
         evaluation = _score(plan, losses, answers)
     decision = _decide(plan, evaluation.losses, general) if options.gate else None
+    earlier = (None, None) if options.anew else earlier_findings(output, evaluation)
     evaluation = replace(
         evaluation,
-        general=None if general is None else general.to_dict(),
-        gate=None if decision is None else decision.to_dict(),
+        general=earlier[0] if general is None else general.to_dict(),
+        gate=earlier[1] if decision is None else decision.to_dict(),
     )
     write_report(output, evaluation)
     write_plots(output, evaluation)
@@ -234,7 +274,7 @@ def _evaluate(folder: Path, options: EvaluateOptions, flags: Flags, console: Con
         folder=str(output),
         general=[] if general is None else list(general.lines),
         gate=None if decision is None else decision.line,
-        next_command=_next(plan.run.folder, evaluation, is_gated=options.gate),
+        next_command=_next(plan.run.folder, evaluation, decision),
     )
     return 0 if decision is None else decision.exit_code
 
@@ -247,10 +287,9 @@ def _refuse_other(output: Path) -> None:
         if not os.access(output, os.W_OK):
             raise UserError(f"{output}: cannot write here", hint="choose another folder with --output")
         there = {item.name for item in output.iterdir() if not item.name.startswith(".")}
-        if there and not there <= _OURS:
-            raise UserError(
-                f"--output: {output} holds other things ({sorted(there - _OURS)[0]})", hint="give a folder of its own"
-            )
+        others = sorted(name for name in there - _OURS if not is_journal(name))
+        if others:
+            raise UserError(f"--output: {output} holds other things ({others[0]})", hint="give a folder of its own")
 
 
 def _say_plan(plan: _Plan) -> None:
@@ -307,6 +346,7 @@ def _score(plan: _Plan, losses: RowJournal, answers: RowJournal) -> Evaluation:
         written = {side: _answers(plan, answers, side) for side in SIDES}
     return Evaluation(
         run=str(run.folder),
+        adapter_sha256=plan.adapter_sha256,
         model=run.model.name,
         backend=run.backend.name,
         device=run.device.device,
@@ -327,6 +367,7 @@ def _score(plan: _Plan, losses: RowJournal, answers: RowJournal) -> Evaluation:
         classification=_classify(plan, written, seed=seed, confidence=confidence),
         text=_score_texts(plan, written, seed=seed, confidence=confidence),
         settings=plan.settings,
+        losses_key=plan.losses_key,
     )
 
 
@@ -367,13 +408,21 @@ def _decide(plan: _Plan, losses: PairedLosses, general: GeneralReport | None) ->
         max_forgotten=options.max_forgotten,
     )
     summary = read_json(plan.run.folder / SUMMARY)
-    return decide(gate, summary=summary if isinstance(summary, dict) else {}, losses=losses, general=general)
+    return decide(
+        gate,
+        summary=summary if isinstance(summary, dict) else {},
+        losses=losses,
+        general=general,
+        num_trained_on=plan.held_out.num_trained_on,
+    )
 
 
-def _next(folder: Path, evaluation: Evaluation, *, is_gated: bool) -> str:
-    """What to type now: is it worth keeping; else a look at the run."""
-    if evaluation.verdict != BETTER or is_gated:
-        words = ["report", str(folder)] if evaluation.verdict != BETTER else ["merge", str(folder)]
-    else:
+def _next(folder: Path, evaluation: Evaluation, decision: Decision | None) -> str:
+    """What to type now: merge what the gate keeps; is it worth keeping; else a look at the run."""
+    if decision is not None:
+        words = ["merge" if decision.keep else "report", str(folder)]
+    elif evaluation.verdict == BETTER:
         words = ["evaluate", str(folder), "--gate"]
+    else:
+        words = ["report", str(folder)]
     return shlex.join(["python", "cli.py", *words])

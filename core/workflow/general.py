@@ -38,6 +38,7 @@ def measure_general(opened: OpenedRun) -> GeneralReport:
         np.concatenate(row_ids),
         TargetScores.joined(parts),
         confidence=config.guard.confidence,
+        least=config.guard.grades[0],
         seed=config.train.seed,
     )
 

@@ -18,13 +18,13 @@ from rich.text import Text
 from core.chat.conversation import too_long
 from core.chat.screen import UNBROKEN, Answer, Below, wrapped_lines
 from core.errors import UserError
-from core.files import disk_errors, write_atomic
-from core.sampling import Continuation, Sampling
+from core.files import disk_errors, user_path, write_atomic
+from core.sampling import Sampling
 from core.screen import logging_to
 from core.signals import termination_as_interrupt
 from core.workflow.after import Flags, OpenedRun, Side, TrainedRun, find_trained, opened_run
-from core.workflow.talking import Batches, sides_of, stream_answer
-from data.prompt import PromptRenderer, TextStream
+from core.workflow.talking import Asked, Batches, sides_of, stream_answer
+from data.prompt import PromptRenderer
 from data.prompts_file import Prompt, check_system, one_prompt, read_prompts
 from data.sources import count
 from data.tokenize import load_tokenizer
@@ -57,15 +57,16 @@ def generate(
 
     Raises:
         UserError: a prompt that can't be answered, no adapter yet, or a file that can't be read or written; no file
-            is left behind.
-        KeyboardInterrupt: what was finished is in the file.
+            is left behind. Also a prompt that does not fit into the memory, or output of the model that is not a
+            number: then, as after an interrupt, the prompts that were finished are in the file.
+        KeyboardInterrupt: the prompts that were finished are in the file, if there are any.
     """
     system = check_system(system)
     if prompt is not None:
         asked = [one_prompt(prompt, "--prompt", system)]
     else:
         assert prompts is not None
-        asked = read_prompts(prompts, system=system)
+        asked = read_prompts(str(user_path(prompts)), system=system)
     # answers alone go to the output, so that they can be piped
     notes = Console(stderr=True, width=console.width, highlight=False)
     with logging_to(notes), termination_as_interrupt(), _new_file(output) as path:
@@ -115,15 +116,9 @@ class _Job:
         if lost := sum(asked.lost_answer for asked in self.asked):
             _log.info("%s with an answer to the last question: it is left out", count(lost, "conversation"))
 
-    def answer(self, place: int, found: Continuation, opened: OpenedRun) -> Answer:
-        """The text of a continuation."""
-        stream = TextStream(opened.tokenizer, stops=self.stops[place])
-        for token in found.ids:
-            stream.push(token)
-        stream.finish()
-        ended = found.ended or stream.stopped
-        is_full = not ended and len(found.ids) < self.max_tokens
-        return Answer(stream.text, len(found.ids), ended, seconds=0.0, is_full=is_full)
+    def prompt(self, place: int) -> Asked:
+        """What the model reads; its place decides its draws, not its batch."""
+        return Asked(self.asked[place].place, self.ids[place], self.stops[place], key=place)
 
     def record(self, place: int, answers: Mapping[Side, Answer]) -> dict[str, Any]:
         """A line of the output."""
@@ -171,14 +166,14 @@ def _show_each(job: _Job, opened: OpenedRun, *, batch_size: int, console: Consol
 
 
 def _write(job: _Job, opened: OpenedRun, path: Path, *, batch_size: int, console: Console) -> None:
-    """Writes the answers in the prompts' order, whatever order they are made in."""
+    """Writes the answers in the prompts' order, whatever order they are made in; when stopped, those there are."""
     # prompts of like length in a batch: less padding
     places = sorted(range(len(job.asked)), key=lambda place: len(job.ids[place]))
     lines: dict[int, str] = {}
     try:
         for place, answers in _answered(job, opened, places, batch_size=batch_size, bar=_Bar(job, console)):
             lines[place] = json.dumps(job.record(place, answers), ensure_ascii=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, UserError):
         if lines:
             _keep(path, lines)
             _log.warning("%s: the %s of %d that were finished", path, count(len(lines), "prompt"), len(places))
@@ -194,17 +189,17 @@ def _write(job: _Job, opened: OpenedRun, path: Path, *, batch_size: int, console
 def _answered(
     job: _Job, opened: OpenedRun, places: Sequence[int], *, batch_size: int, bar: _Bar
 ) -> Iterator[tuple[int, dict[Side, Answer]]]:
-    """Prompts with their answers, batch by batch; a prompt's place decides its draws, not its batch."""
+    """Prompts with their answers, batch by batch."""
     batches = Batches(opened, size=batch_size, max_tokens=job.max_tokens, sampling=job.sampling)
     for batch in batches.cut(places):
-        ids = [job.ids[place] for place in batch]
+        prompts = [job.prompt(place) for place in batch]
         found = {}
         with bar.live():
             for side in job.sides:
-                found[side] = batches.run(side, ids, batch, bar.on_token)
+                found[side] = batches.run(side, prompts, bar.on_token)
                 bar.add_answers(len(batch))
         for index, place in enumerate(batch):
-            yield place, {side: job.answer(place, found[side][index], opened) for side in job.sides}
+            yield place, {side: found[side][index] for side in job.sides}
 
 
 class _Bar:
@@ -231,7 +226,7 @@ class _Bar:
             yield
         self._seconds += time.perf_counter() - self._started
 
-    def on_token(self, row: int, token: int) -> None:
+    def on_token(self) -> None:
         self._num_tokens += 1
         seconds = self._seconds + time.perf_counter() - self._started
         self._bar.update(self._task, speed=f"{self._num_tokens / seconds:,.0f} tok/s")
@@ -250,7 +245,7 @@ def _new_file(output: str | None) -> Iterator[Path | None]:
     if output is None:
         yield None
         return
-    path = Path(output).expanduser()
+    path = user_path(output)
     if path.exists():
         raise UserError(f"--output: {output} is there already", hint="give another name, or delete it")
     probe = path.with_name(f".{path.name}.tmp")  # as `write_atomic` names it

@@ -6,13 +6,14 @@ import csv
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 
 from core.config import DataConfig
 from core.errors import UserError
-from core.protocols import IntArray
+from core.protocols import BoolArray, IntArray
 from core.run import SPLIT
 from core.seeding import generator
 from core.workflow.after import TrainedRun
@@ -46,13 +47,22 @@ class HeldOut:
     """Rows of the split, of which `rows` may be a selection."""
     notes: tuple[str, ...]
     """What a reader of the figures has to know."""
+    trained_on: BoolArray
+    """bool [N]: rows of which it is known that they were trained on."""
+    known: TokenRows
+    """All rows of the data, whatever their split: they show which answers there are."""
+
+    @property
+    def num_trained_on(self) -> int:
+        return int(np.count_nonzero(self.trained_on))
 
     def at_most(self, max_rows: int | None, *, seed: int) -> HeldOut:
         """A selection that depends on the seed and the number of rows alone, in the rows' order."""
         if max_rows is None or max_rows >= len(self.rows):
             return self
         chosen = np.sort(generator(seed, "evaluation-rows").choice(len(self.rows), max_rows, replace=False))
-        return replace(self, rows=self.rows.select(chosen).renumbered(), numbers=self.numbers[chosen])
+        rows = self.rows.select(chosen).renumbered()
+        return replace(self, rows=rows, numbers=self.numbers[chosen], trained_on=self.trained_on[chosen])
 
 
 def find_rows(run: TrainedRun, *, data: str | None, split: str | None) -> HeldOut:
@@ -120,7 +130,17 @@ def _of_prepared(
             hint=f"choose another --split, or hold some out in the next run: --set {option}=0.1",
         )
     notes = [*notes, *_doubts(name, is_chosen=split is not None)]
-    return HeldOut(config, prepared.name, name, rows.renumbered(), np.arange(len(rows)), len(rows), tuple(notes))
+    return HeldOut(
+        config,
+        prepared.name,
+        name,
+        rows.renumbered(),
+        numbers=np.arange(len(rows)),
+        num_available=len(rows),
+        notes=tuple(notes),
+        trained_on=np.full(len(rows), name == "train"),
+        known=reduce(TokenRows.followed_by, parts.values()),
+    )
 
 
 def _doubts(split: str, *, is_chosen: bool) -> list[str]:
@@ -156,7 +176,18 @@ def _given(run: TrainedRun, path: str, split: str | None) -> HeldOut:
         )
     rows = parts[name]
     shown = _ALL if len(parts) == 1 else name
-    return HeldOut(config, tokenised.name, shown, rows, np.arange(len(rows)), len(rows), tuple(_known(run, rows)))
+    trained_on = _trained_on(run, rows)
+    return HeldOut(
+        config,
+        tokenised.name,
+        shown,
+        rows,
+        numbers=np.arange(len(rows)),
+        num_available=len(rows),
+        notes=tuple(_said_of(trained_on)),
+        trained_on=trained_on,
+        known=reduce(TokenRows.followed_by, parts.values()),
+    )
 
 
 def _with_columns_there(config: DataConfig) -> DataConfig:
@@ -183,16 +214,20 @@ def _moved(
     return prepared if _places(prepared) == written else None
 
 
-def _known(run: TrainedRun, rows: TokenRows) -> list[str]:
-    """Says so when rows were trained on: as far as the run's own data is at hand."""
+def _trained_on(run: TrainedRun, rows: TokenRows) -> BoolArray:
+    """bool [N]: which rows were trained on, as far as the run's own data is at hand."""
     config = run.config.data.model_copy(update={"path": find_data(run.config.data.path)})
     try:
         train = _prepared(run, _tokenise(run, config), config).train
     except UserError:
-        return []
+        return np.zeros(len(rows), np.bool_)
     trained = {hash_tokens(ids) for ids in train.ids}
-    num = sum(hash_tokens(ids) in trained for ids in rows.ids)
-    return [f"{count(num, 'row')} of these {len(rows):,} were trained on"] if num else []
+    return np.array([hash_tokens(ids) in trained for ids in rows.ids], np.bool_)
+
+
+def _said_of(trained_on: BoolArray) -> list[str]:
+    num = int(np.count_nonzero(trained_on))
+    return [f"{count(num, 'row')} of these {len(trained_on):,} were trained on"] if num else []
 
 
 def _tokenise(run: TrainedRun, config: DataConfig) -> TokenizedData:

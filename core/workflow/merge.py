@@ -91,7 +91,7 @@ def merge(
 
     Raises:
         UserError: no adapter yet, a quantised base, no room, no converter, or a merged model that does nothing; no
-            folder is left.
+            folder is left. Or the GGUF file is not right: the folder is there without it.
     """
     with logging_to(console):
         if gguf is not None and gguf not in merge_gguf.TYPES:
@@ -117,11 +117,16 @@ def merge(
             _log.info("asking llama.cpp's converter whether it knows this model")
             merge_gguf.check_convertible(converter, run.model.path)
         with Draft(target) as draft:
-            lines = _write_all(run, plan, draft, options, check=check, console=console)
+            lines, problem = _write_all(run, plan, draft, options, check=check, console=console)
             draft.keep()
         gguf_files = [path.name for path in target.glob("*.gguf")]
         for line in ["", *lines, *_next(target, folder, options, gguf_files)]:
             _log.info(line)
+        if problem is not None:
+            raise UserError(
+                f"{problem.what}; {target} holds the merged model, without a GGUF file",
+                hint=f"{problem.hint}; to try again, give another --output or remove that folder",
+            ) from problem
     return 0
 
 
@@ -145,8 +150,8 @@ def _disk_bytes(run: TrainedRun, plan: MergePlan, *, four_bits: bool, gguf: str 
 
 def _write_all(
     run: TrainedRun, plan: MergePlan, draft: Draft, options: _Options, *, check: bool, console: Console
-) -> list[str]:
-    """Fills the draft and says what is in it."""
+) -> tuple[list[str], UserError | None]:
+    """Fills the draft; says what is in it, and what is wrong with the GGUF file, which is left out then."""
     base, code = run.model.path, run.config.model.trust_remote_code
     sixteen = draft.path / _SIXTEEN if options.four_bits else draft.path
     sixteen.mkdir(exist_ok=True)
@@ -154,7 +159,7 @@ def _write_all(
         write_merged(sixteen, plan, on_bytes=on_bytes)
     write_config(sixteen, base, run.architecture, dtype=plan.dtype)
     copy_side_files(base, sixteen, code=code)
-    gguf = _write_gguf(run, sixteen, options) if options.gguf else None
+    gguf, problem = _write_gguf(run, sixteen, options)
     if options.four_bits:
         _log.info("quantising: %s", options.four_bits.DESCRIPTION)
         options.four_bits.write_4bit(sixteen, draft.path, device=run.config.device)
@@ -167,16 +172,23 @@ def _write_all(
             gguf.path.replace(draft.path / gguf.path.name)
         shutil.rmtree(sixteen)
     write_atomic(draft.path / REPORT, to_json(_record(run, plan, options, gguf, checked)))
-    return _said(run, plan, options, written, gguf, checked)
+    return _said(run, plan, options, written, gguf, checked), problem
 
 
-def _write_gguf(run: TrainedRun, folder: Path, options: _Options) -> GgufReport:
-    assert options.gguf is not None
+def _write_gguf(run: TrainedRun, folder: Path, options: _Options) -> tuple[GgufReport | None, UserError | None]:
+    """The file, if one is asked for; or why there is none: the merged model is whole without it."""
+    if options.gguf is None:
+        return None, None
     _log.info("converting to GGUF")
     name = f"{run.model.name.rstrip('/').rpartition('/')[2]} {run.folder.name}"
     stem = run.folder.name or MERGED
-    path = merge_gguf.convert_to_gguf(options.converter, folder, kind=options.gguf, stem=stem, name=name)
-    return merge_gguf.check_gguf(path, folder, run.architecture)
+    try:
+        path = merge_gguf.convert_to_gguf(options.converter, folder, kind=options.gguf, stem=stem, name=name)
+        return merge_gguf.check_gguf(path, folder, run.architecture), None
+    except UserError as problem:
+        for path in folder.glob("*.gguf"):
+            path.unlink()
+        return None, problem
 
 
 @contextmanager
@@ -200,7 +212,9 @@ def _progress(console: Console, label: str, total: int) -> Iterator[Callable[[in
 
 
 def _check(run: TrainedRun, merged: Path, quantised: Path | None) -> MergeCheck | None:
-    """Replays held-out rows at each end, one model in memory at a time; None, with a line, where a model does not fit.
+    """Replays held-out rows at each end, one model in memory at a time.
+
+    None, with a line, where there are no rows that this tokenizer takes, or a model does not fit.
 
     Raises:
         UserError: the merged model says what the base model says.
@@ -208,7 +222,11 @@ def _check(run: TrainedRun, merged: Path, quantised: Path | None) -> MergeCheck 
     if (config := _check_config(run)) is None:
         return None
     four_bits = quantised is not None or config.model.bits == 4
-    batches, rows = _rows(run, num_batches=_num_batches(run, four_bits=four_bits))
+    try:
+        batches, rows = _rows(run, num_batches=_num_batches(run, four_bits=four_bits))
+    except UserError as error:
+        _log.warning("the merged model was not checked: no rows to check it on (%s)", error.what)
+        return None
     try:
         with opened_run(replace(run, config=config)) as opened:
             base = opened.use("base").replay(batches)
@@ -297,7 +315,11 @@ def _num_batches(run: TrainedRun, *, four_bits: bool) -> int:
 
 
 def _rows(run: TrainedRun, *, num_batches: int) -> tuple[list[Batch], str]:
-    """Rows that the run held out, as far as they are at hand, and what they are, in words."""
+    """Rows that the run held out, as far as they are at hand, and what they are, in words.
+
+    Raises:
+        UserError: neither the run's data nor the shipped sample can be read with this tokenizer.
+    """
     try:
         data = load_rows(run.config, run.model, run.architecture, say_findings=False)
         held_out, name = (data.validation, "validation rows") if data.num_val_rows else (data.probe, "training rows")
@@ -363,14 +385,16 @@ def _said(
 def _next(target: Path, folder: Path, options: _Options, gguf_files: Sequence[str]) -> list[str]:
     """What to type now."""
     place = shlex.quote(str(target))
+    is_mlx = options.four_bits is not None and "mlx" in options.four_bits.__name__
+    # 4-bit weights are one backend's own
+    backend = "" if options.four_bits is None else f" --backend {'mlx' if is_mlx else 'cuda'}"
     loads = {
         "transformers": f'AutoModelForCausalLM.from_pretrained("{target}")',
         "mlx-lm": f'mlx_lm.generate --model {place} --prompt "…"',
         "vLLM": f"vllm serve {place}",
-        "train on": f"python cli.py train --model {place} --data ROWS.jsonl",
+        "train on": f"python cli.py train{backend} --model {place} --data ROWS.jsonl",
     }
     if options.four_bits:
-        is_mlx = "mlx" in options.four_bits.__name__
         loads = {name: loads[name] for name in ("mlx-lm" if is_mlx else "transformers", "train on")}
     for name in gguf_files:
         loads["llama.cpp"] = f"llama-cli -m {shlex.quote(str(target / name))}"

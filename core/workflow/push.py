@@ -250,7 +250,9 @@ def _merge_report(merged: Path, folder: Path) -> Mapping[str, Any] | None:
 def _private_words(folder: Path, config: RunConfig) -> list[str]:
     """Texts that must be in no file: folders of this machine."""
     paths = [folder.resolve(), Path.home(), Path(config.model.path).expanduser(), Path(config.data.path).expanduser()]
-    return [f"{path}/" if path == Path.home() else str(path) for path in paths if path.is_absolute()]
+    # a container's home may be the root, which is in every URL
+    named = [path for path in paths if path.is_absolute() and path != Path(path.anchor)]
+    return [f"{path}/" if path == Path.home() else str(path) for path in named]
 
 
 # --- the screen -------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from data.check.collect import check_prepared
 from data.check.pieces import pieces
 from data.check.report import Report
 from data.dataset import Prepared, TokenizedData, split_data
+from data.sources import source_fingerprint
 from data.tokenize import load_tokenizer
 from data.training import RunData
 
@@ -113,8 +114,40 @@ def find_run_data(report: RunReport) -> FoundData:
     if num_rows > MAX_ROWS:
         return FoundData(f"With {num_rows:,} rows, the data were not gone over again: {check}")
     path = find_data(config.data.path)
-    if not Path(path).exists():
-        return FoundData(f"The data are not here any more ({config.data.path}), so they can't be looked at again.")
+    if Path(path).expanduser().exists():
+        return _look_again(report, path)
+    with _offline_hub():
+        try:
+            is_cached = source_fingerprint(path) is not None
+        except UserError:  # a name on the hub
+            return FoundData(f"The data are on the hub: {check}")
+        if is_cached:
+            return _look_again(report, path)
+    return FoundData(f"The data are not here any more ({config.data.path}), so they can't be looked at again.")
+
+
+@contextmanager
+def _offline_hub() -> Iterator[None]:
+    """The hub's libraries look into their caches only: nothing is downloaded for a page."""
+    from huggingface_hub import constants
+
+    modules: list[Any] = [constants]
+    with suppress(ImportError):  # without `datasets` there are no data of the hub
+        from datasets import config
+
+        modules.append(config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _look_again(report: RunReport, path: str) -> FoundData:
+    config, folder = report.config, report.folder
     try:
         model = _find_model(config)
         data = config.data.model_copy(update={"path": path})

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import backends
-from core.errors import OutOfMemoryError
+from core.errors import OutOfMemoryError, UserError
 from core.protocols import IGNORE, Batch, Learner
 from core.sampling import GREEDY, Continuation, Sampling
 from tests.backends.conftest import (
@@ -219,15 +220,12 @@ def test_end_tokens_of_tokenizer_and_model(
         assert backends.generate(backend, opened(folder), NO_END, [prompt], max_tokens=12) == expected
 
 
-def test_text_stops_where_the_model_is_full(
-    backend: str, opened: Open, endless: dict[str, Path], tmp_path: Path
-) -> None:
-    folder = shutil.copytree(endless["llama"], tmp_path / "model")
+def test_text_stops_where_the_model_is_full(backend: str, opened: Open, endless: dict[str, Path], kind: str) -> None:
     prompts = make_prompts((3, 15, 16, 18))
-    whole = backends.generate(backend, opened(folder), NO_END, prompts, max_tokens=20)
-    edit_config(folder, max_position_embeddings=16)
-    learner = opened(folder)
-    found = backends.generate(backend, learner, NO_END, prompts, max_tokens=20)
+    learner = opened(endless[kind])
+    whole = backends.generate(backend, learner, NO_END, prompts, max_tokens=20)
+    assert {len(text) for text in ids(whole)} == {20}
+    found = backends.generate(backend, learner, NO_END, prompts, max_tokens=20, max_length=16)
     assert found == [
         Continuation(one.ids[:count], ended=False) for one, count in zip(whole, (13, 1, 0, 0), strict=True)
     ]
@@ -240,11 +238,44 @@ def test_tokens_come_as_they_are_made(backend: str, opened: Open, llama: Path) -
     seen: list[tuple[int, int]] = []
     learner, prompts = opened(llama), make_prompts((4, 8))
 
-    def note(row: int, token: int) -> None:
+    def note(row: int, token: int) -> bool:
         seen.append((row, token))
+        return False
 
     one, other = ids(backends.generate(backend, learner, NO_END, prompts, max_tokens=5, on_token=note))
     assert seen == [pair for step in zip(one, other, strict=True) for pair in zip((0, 1), step, strict=True)]
+
+
+def test_an_answer_ends_where_it_is_long_enough(
+    backend: str, opened: Open, endless: dict[str, Path], kind: str
+) -> None:
+    """Each row at another token; the others go on as if it were there."""
+    learner, prompts = opened(endless[kind]), make_prompts()
+    whole = backends.generate(backend, learner, NO_END, prompts, max_tokens=8)
+    left = [9, 2, 1, 5, 9, 3]
+
+    def note(row: int, token: int) -> bool:
+        left[row] -= 1
+        return left[row] == 0
+
+    found = backends.generate(backend, learner, NO_END, prompts, max_tokens=8, on_token=note)
+    assert [one.ids for one in found] == [one.ids[:count] for one, count in zip(whole, (8, 2, 1, 5, 8, 3), strict=True)]
+    assert not any(one.ended for one in found)
+
+
+@pytest.mark.parametrize("how", [GREEDY, WARM, Sampling(0.0, repetition_penalty=1.2), Sampling(1.0, top_k=0)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_output_that_is_no_number_is_refused(
+    backend: str, opened: Open, endless: dict[str, Path], tmp_path: Path, how: Sampling, value: float
+) -> None:
+    """One logit of all; NaN and infinity are no numbers to compare with."""
+    folder = shutil.copytree(endless["llama"], tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][7] = value
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    learner = opened(folder)
+    with pytest.raises(UserError, match="the model's output is not a number"):
+        backends.generate(backend, learner, NO_END, make_prompts((4, 8)), max_tokens=5, sampling=how)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
@@ -255,9 +286,10 @@ def test_the_learner_survives_a_callback_that_raises(
     folder, prompts = endless[kind], make_prompts()
     learner, other, fresh = (opened(folder, lora={"dropout": 0.5}) for _ in range(3))
 
-    def stop(row: int, token: int) -> None:
+    def stop(row: int, token: int) -> bool:
         if row == 3:
             raise error("stop")
+        return False
 
     with pytest.raises(error):
         backends.generate(backend, learner, NO_END, prompts, max_tokens=5, on_token=stop)

@@ -53,9 +53,12 @@ class Voice:
         words = self.words.pop(0) if self.words else f"answer {len(self.asked)}"
         if words == "OOM":
             raise OutOfMemoryError("the device is full")
+        if words == "BUG":
+            raise RuntimeError("nobody thought of this")
         ids = tokenizer(words)["input_ids"][: options["max_tokens"]]
         for place, token in enumerate(ids, start=1):
-            on_token(0, token)
+            if on_token(0, token):
+                return [Continuation(ids[:place], ended=False)]
             if place == self.interrupt_after:
                 signal.raise_signal(signal.SIGINT)
         return [Continuation(ids, ended=True)]
@@ -227,6 +230,29 @@ def test_somebody_who_types_goes_on_after_mistakes(typed: Run, voice: Voice) -> 
     assert "2 tokens · " in result.out and "Ctrl-C once more ends the chat" in result.out
     # what could not be answered is no part of the conversation
     assert voice.asked[-1] == voice.asked[-2].replace("too much", "Who?") and "Yo" in voice.asked[-1]
+
+
+def test_a_retry_that_fails_loses_nothing(typed: Run, voice: Voice, tmp_path: Path) -> None:
+    """The first side has its new answer when the second fails: neither keeps it."""
+    voice.words = ["Yo base", "Yo adapter", "new", "OOM"]
+    result = typed("Hi", "/retry", "/save both.jsonl")
+    assert result.code == 0 and "the device is full" in result.out
+    saved = [json.loads(line)["messages"] for line in (tmp_path / "both.jsonl").read_text().splitlines()]
+    assert [[turn["content"] for turn in messages] for messages in saved] == [["Hi", "Yo base"], ["Hi", "Yo adapter"]]
+    voice.words, voice.interrupt_after = ["Yo", "   cut off"], 2
+    typed("Hi", "/retry", "/save one.jsonl", arguments=("--adapter",))  # stopped before there was a word
+    (row,) = (tmp_path / "one.jsonl").read_text().splitlines()
+    assert [turn["content"] for turn in json.loads(row)["messages"]] == ["Hi", "Yo"]
+
+
+def test_a_mistake_of_the_program_does_not_cost_the_conversation(typed: Run, voice: Voice, tmp_path: Path) -> None:
+    voice.words = ["Yo", "BUG", "Me"]
+    result = typed("Hi", "And?", "Who?", "/save ~talk.jsonl", arguments=("--adapter",))
+    assert result.code == 0
+    assert "nobody thought of this" in result.err and "Traceback" in result.err
+    assert "the conversation is still there: /save FILE.jsonl" in " ".join(result.out.split())
+    (row,) = (tmp_path / "~talk.jsonl").read_text().splitlines()
+    assert [turn["content"] for turn in json.loads(row)["messages"]] == ["Hi", "Yo", "Who?", "Me"]
 
 
 def test_an_interrupt_ends_an_answer_and_what_was_said_stays(typed: Run, voice: Voice) -> None:

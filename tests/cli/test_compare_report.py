@@ -7,11 +7,14 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import cli
 from core.report.report import read_report
@@ -20,6 +23,12 @@ from tests.cli.conftest import Result, write_rows
 from tests.core.pages import Page
 
 RunCli = Callable[..., Result]
+
+
+class HubRows(list[Any]):
+    """Rows as `datasets` has them."""
+
+    _fingerprint = "of-the-rows"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +129,39 @@ def test_a_report_says_that_the_data_changed_or_are_gone(here: RunCli, workplace
         data.write_text(kept)
     page = Page((copy / "report.html").read_text())
     assert "not here any more" in page.section("data").words
+
+
+def test_data_of_the_hub_are_looked_at_where_they_are_cached(
+    here: RunCli, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for `datasets`, whose cache has the rows or not; it is asked offline."""
+    rows = [json.loads(line) for line in (workplace / "colours.jsonl").read_text().splitlines()]
+    cached, asked = True, []
+
+    def load_dataset(name: str, config: str | None) -> dict[str, Any]:
+        asked.append((name, constants.HF_HUB_OFFLINE, fake.config.HF_HUB_OFFLINE))
+        if not cached:
+            raise ConnectionError("offline")
+        return {"train": HubRows(rows)}
+
+    fake = SimpleNamespace(
+        load_dataset=load_dataset,
+        exceptions=SimpleNamespace(DatasetsError=OSError),
+        config=SimpleNamespace(HF_HUB_OFFLINE=False),
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    copy = tmp_path / "copied"
+    shutil.copytree(workplace / "fast", copy)
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("path: colours.jsonl", "path: owner/colours"))
+    found = find_run_data(read_report(copy))
+    assert found.report is not None and not found.missing
+    assert set(asked) == {("owner/colours", True, True)}
+    assert not constants.HF_HUB_OFFLINE and not fake.config.HF_HUB_OFFLINE
+    cached = False
+    missing = find_run_data(read_report(copy)).missing
+    assert missing == "The data are on the hub: python cli.py data check --data owner/colours"
 
 
 def test_rows_are_shown_as_text_without_markup_and_secrets(

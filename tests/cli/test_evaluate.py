@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 
 import backends
 import cli
-from core.evaluation.report import REPORT, ROWS_CSV, SUMMARY_CSV
+from core.evaluation.report import REPORT, ROWS_CSV, SUMMARY_CSV, read_evaluation_of
 from core.workflow import answering
 from core.workflow import evaluate as command
 from tests.cli.conftest import Result
@@ -90,6 +91,13 @@ def test_both_sides_on_the_test_split(run_cli: Cli, run: Path) -> None:
     assert "F1 (macro)" in result.out and "counted as wrong" in result.out
 
 
+def test_a_report_says_of_which_adapter_it_is(run_cli: Cli, run: Path) -> None:
+    assert run_cli("evaluate", run, "--no-generate").code == 0
+    weights = run / "adapters" / "adapter_model.safetensors"
+    assert report_of(run / "evaluation")["adapter_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert read_evaluation_of(run).report == report_of(run / "evaluation")
+
+
 def test_losses_are_the_learners(run_cli: Cli, run: Path) -> None:
     """The base model's validation loss is that of training's first evaluation, the adapter's that of the best step."""
     result = run_cli("evaluate", run, "--split", "validation", "--no-generate")
@@ -144,10 +152,11 @@ def test_a_killed_evaluation_goes_on_to_the_same_report(run_cli: Cli, run: Path)
         with ended_after(calls, Killed), pytest.raises(Killed):
             run_cli(*arguments, "--output", parts)
         assert not (parts / REPORT).exists()
-        before = (parts / "losses.jsonl").read_bytes()
+        (journal,) = parts.glob("losses-*.jsonl")
+        before = journal.read_bytes()
         result = run_cli(*arguments, "--output", parts)
         assert result.code == 0 and "going on: " in result.out
-        assert (parts / "losses.jsonl").read_bytes().startswith(before)
+        assert journal.read_bytes().startswith(before)
         for name in (REPORT, ROWS_CSV, SUMMARY_CSV):
             assert (parts / name).read_bytes() == (Path("whole") / name).read_bytes()
 
@@ -162,8 +171,48 @@ def test_what_is_done_is_not_done_again(run_cli: Cli, run: Path, monkeypatch: py
     assert not loads and (run / "evaluation" / REPORT).read_bytes() == first
     assert run_cli("evaluate", run, "--max-tokens", 9).code == 0  # other answers, the same losses
     assert len(loads) == 1
+    assert run_cli("evaluate", run, "--max-tokens", 8).code == 0
+    assert len(loads) == 1 and (run / "evaluation" / REPORT).read_bytes() == first
     assert run_cli("evaluate", run, "--max-tokens", 9, "--anew").code == 0
     assert len(loads) == 2
+    assert len(list((run / "evaluation").glob("answers-*.jsonl"))) == 1
+
+
+def test_a_quick_look_takes_nothing_away(run_cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("evaluate", run, "--no-generate")
+    assert run_cli(*arguments, "--gate").code in (0, 3)
+    whole = report_of(run / "evaluation")
+    assert run_cli(*arguments, "--max-samples", 3).code == 0
+    quick = report_of(run / "evaluation")
+    assert quick["losses"]["num_rows"] == 3
+    assert quick["general"] == whole["general"] is not None, "it is of the adapter, not of these rows"
+    assert quick["gate"] is None, "it is of other rows"
+    assert run_cli(*arguments, "--gate").code in (0, 3)
+    monkeypatch.setattr(command, "opened_run", None)
+    result = run_cli(*arguments)
+    assert result.code == 0, result.err
+    after = report_of(run / "evaluation")
+    assert after["losses"]["num_rows"] > 3
+    assert (after["general"], after["gate"]) == (whole["general"], whole["gate"])
+
+
+def test_anew_that_was_stopped_is_anew_all_the_same(run_cli: Cli, run: Path) -> None:
+    arguments = ("evaluate", run, "--no-generate")
+    assert run_cli(*arguments).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "opened_run", lambda trained: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = run_cli(*arguments, "--anew")
+    assert stopped.code == 130 and "--anew" not in stopped.out.splitlines()[-1]
+    again = run_cli(*arguments)
+    assert again.code == 0 and "loading" in again.out
+
+
+def test_a_few_rows_have_the_labels_of_all(run_cli: Cli, run: Path) -> None:
+    assert run_cli("evaluate", run, "--max-tokens", 8, "--max-samples", 2).code == 0
+    report = report_of(run / "evaluation")
+    assert report["losses"]["num_rows"] == 2
+    assert report["classification"]["labels"] == ["A", "B", "C"]
+    assert len(report["classification"]["base"]["per_class"]) <= 2, "averages are over the labels that are there"
 
 
 def test_ctrl_c_says_how_to_go_on(run_cli: Cli, run: Path) -> None:
@@ -223,6 +272,9 @@ def test_rows_that_were_trained_on_are_said(run_cli: Cli, run: Path, shared: Pat
     result = run_cli("evaluate", run, "--data", mixed, "--no-generate")
     assert report_of(run / "evaluation")["notes"] == ["3 rows of these 4 were trained on"]
     assert "warning: 3 rows of these 4 were trained on" in result.out
+    gated = run_cli("evaluate", run, "--data", mixed, "--no-generate", "--gate", "--max-forgotten", 100, "--max-gap", 1)
+    gate = report_of(run / "evaluation")["gate"]
+    assert gated.code == 3 and gate["reasons"][0].startswith("3 rows were trained on")
 
 
 def test_changed_data_is_said(run_cli: Cli, run: Path, tmp_path: Path) -> None:
@@ -242,10 +294,20 @@ def test_the_gate(run_cli: Cli, run: Path) -> None:
     report = report_of(run / "evaluation")
     assert kept.code == 0 and report["gate"]["keep"] is True and report["gate"]["reasons"] == []
     assert report["gate"]["line"] in kept.out and report["general"]["num_rows"] > 50
+    assert kept.out.splitlines()[-1].split() == ["next", *f"python cli.py merge {run}".split()]
     refused_one = run_cli(*arguments, "--max-forgotten", 100, "--max-gap", 1, "--min-gain", 1000)
     report = report_of(run / "evaluation")
     assert refused_one.code == 3 and report["gate"]["keep"] is False and len(report["gate"]["reasons"]) == 1
     assert report["gate"]["line"] in refused_one.out
+    assert refused_one.out.splitlines()[-1].split() == ["next", *f"python cli.py report {run}".split()]
+    ungated = run_cli("evaluate", run, "--no-generate")
+    assert ungated.out.splitlines()[-1].endswith(f"evaluate {run} --gate")
+
+
+def test_the_gate_takes_no_rows_that_were_trained_on(run_cli: Cli, run: Path) -> None:
+    result = run_cli("evaluate", run, "--split", "train", "--gate", "--no-generate")
+    refused(result, "--gate needs rows that were not trained on", "leave out --split train")
+    assert not (run / "evaluation").exists()
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

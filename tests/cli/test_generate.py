@@ -12,11 +12,14 @@ import pytest
 
 import backends
 import cli
-from core.errors import OutOfMemoryError
+from core.errors import OutOfMemoryError, UserError
+from core.sampling import Continuation
+from tests.backends.conftest import missing_package
 from tests.cli.conftest import Result
 from tests.tiny import make_model
 
 Run = Callable[..., Result]
+ONE_STEP = ("--max-steps", 1, "--eval-every", 1)
 PROMPTS = ("Say red 0.", "Say a colour that is neither red nor blue. Please.", "Say 海 1.", "Say blue 1.", "Hi")
 
 
@@ -36,6 +39,13 @@ def trained_run(folder: Path, model: Path, rows: Path, *arguments: object) -> Pa
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, rows: Path) -> Path:
     return trained_run(tmp_path_factory.mktemp("trained"), model, rows)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, rows: Path) -> Path:
+    """A run of a model without a chat template."""
+    folder = tmp_path_factory.mktemp("plain")
+    return trained_run(folder, make_model(folder / "model", chat_template=None), rows, *ONE_STEP)
 
 
 @pytest.fixture
@@ -177,8 +187,31 @@ def test_memory_that_runs_out_halves_the_batches(ask: Run, tmp_path: Path, monke
     assert result.code == 0 and "out of memory with 5 prompts at once: from here 2" in result.err
     assert records(tmp_path / "halves.jsonl") == records(tmp_path / "whole.jsonl")
     most = 0
-    assert_refused(ask("--prompts", "prompts.jsonl", "--output", "none.jsonl"), "the device is full", "shorten")
+    refused = ask("--prompts", "prompts.jsonl", "--output", "none.jsonl")
+    assert_refused(refused, "prompts.jsonl, line 5: the device is full", "shorten")  # the shortest came first
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("the device is full"), UserError("the output is not a number")])
+def test_a_prompt_that_fails_does_not_cost_the_others(
+    ask: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: UserError
+) -> None:
+    """The longest comes last, and does not fit."""
+    write_prompts(tmp_path / "prompts.jsonl")
+    assert ask("--prompts", "prompts.jsonl", "--output", "whole.jsonl").code == 0
+    real = backends.generate
+
+    def short_of_memory(name: str, learner: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        if max(map(len, prompts)) > 60:
+            raise error
+        return real(name, learner, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(backends, "generate", short_of_memory)
+    result = ask("--prompts", "prompts.jsonl", "--output", "part.jsonl", "--batch-size", 2)
+    place = "prompts.jsonl, line 2: " * isinstance(error, OutOfMemoryError)
+    assert_refused(result, f"error: {place}{error.what}", "part.jsonl: the 4 prompts of 5 that were finished")
+    whole = records(tmp_path / "whole.jsonl")
+    assert records(tmp_path / "part.jsonl") == [whole[0], *whole[2:]]
 
 
 def test_an_interrupt_keeps_what_is_finished(ask: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,12 +236,70 @@ def test_an_interrupt_keeps_what_is_finished(ask: Run, tmp_path: Path, monkeypat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part.jsonl", "prompts.jsonl", "whole.jsonl"]
 
 
-def test_a_model_without_a_template(run_cli: Run, rows: Path, tmp_path: Path) -> None:
-    run = trained_run(tmp_path, make_model(tmp_path / "plain", chat_template=None), rows)
-    result = run_cli("generate", run, "--prompt", "Hi", "--max-tokens", 3)
+def test_a_model_without_a_template(run_cli: Run, plain: Path) -> None:
+    result = run_cli("generate", plain, "--prompt", "Hi", "--max-tokens", 3)
     assert result.code == 0 and "template" not in result.err
-    result = run_cli("generate", run, "--prompt", "Hi", "--max-tokens", 3, "--system", "Be brief.")
+    result = run_cli("generate", plain, "--prompt", "Hi", "--max-tokens", 3, "--system", "Be brief.")
     assert result.code == 0 and "no chat template: the system message goes before the prompt" in result.err
+
+
+def test_a_stop_ends_answers_of_a_batch_as_it_ends_one(
+    run_cli: Run, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a chat template a model goes on with the user's next turn: that is not waited for, said or counted."""
+    words = {"Hi": "Yes.\n\nUser:\nAnd then?", "Ho": "A longer answer that nothing ends"}
+    made: list[int] = []
+
+    def speak(name: str, learner: Any, tokenizer: Any, prompts: Any, **options: Any) -> list[Continuation]:
+        found = []
+        for place, prompt in enumerate(prompts):
+            text = next(text for asked, text in words.items() if asked in tokenizer.decode(prompt))
+            ids: list[int] = []
+            for token in tokenizer(text)["input_ids"][: options["max_tokens"]]:
+                ids.append(token)
+                if options["on_token"](place, token):
+                    break
+            found.append(Continuation(ids, ended=False))
+        made.extend(len(one.ids) for one in found)
+        return found
+
+    monkeypatch.setattr(backends, "generate", speak)
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in words]
+    (tmp_path / "two.jsonl").write_text("\n".join(lines))
+    asked = ("--adapter", "--max-tokens", 24)
+    assert run_cli("generate", plain, "--prompts", "two.jsonl", "--output", "out.jsonl", *asked).code == 0
+    found = [(row["adapter"], row["adapter_tokens"], row["adapter_ended"]) for row in records(tmp_path / "out.jsonl")]
+    assert made == [12, 24]  # a byte a token, the last of the stop's among them
+    assert found == [("Yes.", 12, True), ("A longer answer that not", 24, False)]
+    (tmp_path / "one.jsonl").write_text(lines[0])
+    assert run_cli("generate", plain, "--prompts", "one.jsonl", *asked).out == "Yes.\n"
+    assert made[2:] == [12]
+
+
+def test_an_answer_ends_where_the_model_is_full(run_cli: Run, rows: Path, tmp_path: Path) -> None:
+    """Of Mixtral too, whose length mlx-lm does not read: 7 of 30 tokens are left."""
+    model = make_model(tmp_path / "mixtral", model_type="mixtral")
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    run = trained_run(tmp_path, model, rows, *ONE_STEP)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "x" * 102}))
+    for name in backends.names():
+        if missing_package(name):
+            continue
+        what = ("--prompts", "p.jsonl", "--output", f"{name}.jsonl", "--max-tokens", 30, "--backend", name)
+        assert run_cli("generate", run, *what).code == 0
+        (row,) = records(tmp_path / f"{name}.jsonl")
+        assert row["prompt_tokens"] == 121
+        assert (row["base_tokens"], row["adapter_tokens"]) == (7, 7)
+
+
+def test_paths_that_look_like_somebodys_home_folder(ask: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    for where, file in (("~prompts.txt", tmp_path / "~prompts.txt"), ("~/p.txt", tmp_path / "home" / "p.txt")):
+        file.write_text("Hi\n")
+        assert ask("--prompts", where, "--base", "--output", f"{where}.jsonl").code == 0
+        assert records(file.with_name(f"{file.name}.jsonl"))[0]["prompt"] == "Hi"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from core.models import resolve_model
 from core.workflow import merge as merging
 from core.workflow.after import find_trained, opened_run
 from tests.cli.conftest import Result, filled_adapter
+from tests.core.tiny_gguf import write_tiny_gguf
 from tests.tiny import make_model
 
 Run = Callable[..., Result]
@@ -170,6 +171,20 @@ def test_without_the_data_the_sample_checks(trained: Path, run_cli: Run) -> None
     assert report_of(trained / "merged")["check"]["rows"] == "rows of the shipped sample"
 
 
+def test_without_any_rows_it_is_merged_unchecked(tmp_path: Path, run_cli: Run, rows: Path) -> None:
+    """A template that refuses each row, the sample's too: that is no reason to throw the merged model away."""
+    base = make_model(tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('no rows today') }}"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    run = make_run(tmp_path / "run", base, rows)
+    result = run_cli("merge", run)
+    assert result.code == 0, result.err
+    assert "was not checked: no rows to check it on" in result.out
+    assert report_of(run / "merged")["check"] is None
+    assert (run / "merged" / "model.safetensors").is_file()
+
+
 def test_a_model_that_does_not_fit_is_merged_unchecked(
     trained: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +223,7 @@ def test_four_bits_for_mlx(trained: Path, run_cli: Run, model: Path, rows: Path)
     check = report_of(folder)["check"]
     assert 0 < abs(check["quantised_loss"] - check["merged_loss"]) < 1.0
     assert f"{check['quantised_loss']:.4f}" in result.out
+    assert f"python cli.py train --backend mlx --model {folder}" in result.out
     # and training goes on from it
     trains = run_cli(
         *("train", "--model", folder, "--data", rows, "--backend", "mlx", "--device", "cpu", "--bits", 4),
@@ -232,6 +248,7 @@ def test_four_bits_for_pytorch(dtype: str, trained: Path, run_cli: Run, rows: Pa
     check = report_of(Path("nf4"))["check"]
     assert 0 < abs(check["quantised_loss"] - check["merged_loss"]) < 1.0
     assert "mlx_lm" not in result.out and "AutoModel" in result.out
+    assert "python cli.py train --backend cuda --model nf4" in result.out
     assert os.stat("nf4/model.safetensors").st_mode == os.stat("nf4/config.json").st_mode
     # and training goes on from it, in float32 as the CPU computes, whatever the folder's own type
     trains = run_cli(
@@ -326,6 +343,34 @@ def test_gguf_that_can_not_be_leaves_nothing(trained: Path, run_cli: Run, monkey
         result = run_cli("merge", trained, "--gguf", "--output", "out")
         assert result.code == 2 and message in result.err, result.err
         assert not Path("out").exists() and not Path(".out.partial").exists()
+
+
+def test_a_gguf_that_is_wrong_is_left_out(trained: Path, run_cli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The merged folder is whole without it, and the screen says that it has none."""
+    pytest.importorskip("gguf")
+    write_tiny_gguf(Path("other.gguf"))
+    copies = f"shutil.copy({str(Path('other.gguf').resolve())!r}, outfile)"
+    body = "import shutil, sys; outfile = sys.argv[sys.argv.index('--outfile') + 1]\n"
+    for output, conversion, problem in (
+        ("compared", copies, "read back, it has 266 tokens, not 320"),
+        (
+            "failed",
+            "open(outfile, 'w').write('half'); sys.exit('no disk') if 'vocab' not in outfile else None",
+            "no disk",
+        ),
+    ):
+        Path("convert_hf_to_gguf.py").write_text(body + conversion)
+        monkeypatch.setenv("LLAMA_CPP", str(Path("convert_hf_to_gguf.py").resolve()))
+        result = run_cli("merge", trained, "--gguf", "--no-check", "--output", output)
+        assert result.code == 2 and problem in result.err, result.err
+        assert f"{output} holds the merged model, without a GGUF file" in result.err
+        assert "llama-cli" not in result.out and "AutoModelForCausalLM" in result.out
+        assert not list(Path(output).glob("*.gguf"))
+        assert report_of(Path(output))["gguf"] is None
+        assert load_file(f"{output}/model.safetensors")
+
+
+def test_a_gguf_type_that_is_none(trained: Path, run_cli: Run) -> None:
     wrong = run_cli("merge", trained, "--gguf", "q4_k_m")
     assert wrong.code == 2 and "no such type" in wrong.err and "q8_0" in wrong.err
 

@@ -233,7 +233,8 @@ def test_a_token_that_may_only_read(push: Push, hub: HubServer) -> None:
         ("preupload", 404, "alice/colours is not on the hub while uploading"),
         ("objects/batch", 403, "may not write"),
         ("^PUT", 403, "may not write"),
-        ("/commit/", 500, "nothing was uploaded; alice/colours was made and is empty"),
+        ("/commit/", 500, "the hub failed (it answered 500) while uploading: whether the files arrived is not known"),
+        ("preupload", 503, "while uploading: nothing was uploaded; alice/colours was made and is empty"),
         ("/commit/", 413, "too large"),
         ("/commit/", 412, "changed by somebody else"),
         ("/commit/", 400, "the hub refused (it answered 400: made up by the test)"),
@@ -249,6 +250,19 @@ def test_an_answer_that_says_no_is_one_line(request_: str, status: int, what: st
     assert result.code == 0
     assert set(hub.repos[NAME].files) > WHOLE
     assert len(hub.asked("^PUT")) == 2 + 2 * (request_ == "^PUT"), "what has arrived is not sent twice"
+
+
+def test_a_commit_whose_answer_is_lost(push: Push, hub: HubServer) -> None:
+    """It was made: that is seen by looking, and not taken for nothing."""
+    hub.lost = "/commit/"
+    result = push("--yes")
+    assert result.code == 0 and "uploaded 6 files" in result.out, result.err
+    assert len(hub.repos[NAME].commits) == 2 and set(hub.repos[NAME].files) > WHOLE
+    # and where nobody answers any more, nothing is claimed
+    hub.before["/commit/"] = lambda: hub.failures.append(Failure("GET /api/models", 503))
+    what = "the hub can't be reached while uploading: whether the files arrived is not known"
+    assert is_one_mistake(push("--yes", "--license", "mit"), what)
+    assert b"license: mit" in hub.repos[NAME].files["README.md"].content
 
 
 def test_nobody_answers(push: Push, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,6 +469,12 @@ def test_a_file_that_names_a_folder_of_this_machine(push: Push, merged: Path, hu
     (merged / "tokenizer_config.json").write_text(json.dumps({"token": TOKEN}))
     assert is_one_mistake(push("--yes", "--merged", merged), "or your token")
     assert hub.uploads == []
+
+
+def test_a_home_that_is_the_root_is_in_no_file(push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/")
+    result = push("--dry-run")
+    assert result.code == 0, result.err
 
 
 def test_a_merged_folder_that_is_none(push: Push, merged: Path, trained: Trained) -> None:

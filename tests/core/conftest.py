@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from core import prefix_store
+from core.trackers import process
 from tests.core.monitored import FakeRun
 
 
@@ -30,7 +31,8 @@ def run(tmp_path: Path) -> Iterator[FakeRun]:
 
 @pytest.fixture
 def no_tracker_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty folder, and no key and no setting of whoever runs the tests; no home to write to."""
+    """An empty folder, and no key and no setting of whoever runs the tests; no home to write to; nothing runs later."""
+    monkeypatch.setattr(process, "NICENESS", 0)
     for name in os.environ:
         if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_")):
             monkeypatch.delenv(name)

@@ -91,11 +91,18 @@ def test_what_is_saved_is_a_row_a_side(tmp_path: Path) -> None:
         (str(file), rows, "is there already"),
         (str(tmp_path / "talk.txt"), rows, ".jsonl"),
         (str(tmp_path / "none" / "talk.jsonl"), rows, "cannot write here"),
+        (str(tmp_path / f"{'x' * 300}.jsonl"), rows, "too long"),
         (str(tmp_path / "other.jsonl"), [], "nothing to save yet"),
     ):
         with pytest.raises(UserError, match=message):
             SavedFiles().save(name, content)
     assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
+
+
+def test_a_file_named_as_nobodys_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert SavedFiles().save("~talk.jsonl", ["{}"]) == Path("~talk.jsonl")
+    assert (tmp_path / "~talk.jsonl").read_text() == "{}\n"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,60 @@ def test_the_best_of_each_figure(tmp_path: Path) -> None:
     assert next(line for line in lines if " time" in line).split()[-2:] == ["1:05", "0:10*"]
 
 
+@pytest.mark.parametrize(
+    ("shift", "words"), [(0.001, "differ by 0.001 [0.001, 0.001]"), (0.0, "differ by 0.000 [0.000")]
+)
+def test_less_than_one_percent_of_perplexity_is_no_difference(tmp_path: Path, shift: float, words: str) -> None:
+    found = make_comparison(pair_of_runs(tmp_path, shift, summary={"best_val_loss": 2.0 + shift}))
+    assert found.notes[0].startswith("one and two are as good as each other: their validation losses " + words)
+    assert found.notes[0].endswith(", less than 0.01 nats (1 % of perplexity), on the same 20 validation rows.")
+    assert "best_val_loss" not in found.best
+    assert found.to_dict()["pairs"][0]["is_negligible"]
+
+
+def test_more_than_that_or_not_surely_less_is_said_as_ever(tmp_path: Path) -> None:
+    found = make_comparison(pair_of_runs(tmp_path / "more", 0.011, summary={"best_val_loss": 2.011}))
+    assert found.notes[0].startswith("one is better than two") and found.best["best_val_loss"] == 0
+    wide = [nll + (0.4 if row % 2 else -0.396) for row, nll in enumerate(ROWS_A)]  # 0.001 a token, of -0.2 or 0.2
+    found = make_comparison(pair_of_runs(tmp_path / "wide", 0.0, val_nll={0: [8.0] * 20, 10: wide}))
+    pair = found.pairs[0, 1]
+    assert isinstance(pair, PairedDifference) and abs(pair.value) < 0.01 < pair.high - pair.low
+    assert "can't be told apart" in found.notes[0]
+
+
+def test_three_rows_are_too_few_to_be_as_good(tmp_path: Path) -> None:
+    few = {"targets": [1, 1, 1], "val_nll": {10: [1.0, 1.0, 1.0]}}
+    found = make_comparison([make_run(tmp_path / "one", **few), make_run(tmp_path / "two", **few)])
+    assert "can't be told apart" in found.notes[0]
+
+
+def test_the_better_run_is_named_though_the_table_has_another_lowest(tmp_path: Path) -> None:
+    """a and b share rows on which a is lower by 0.2, b and c others on which b is lower by 0.3, a and c none."""
+    names = [f"d.jsonl:{number}" for number in range(1, 41)]
+    runs = {
+        # of each row: its loss
+        "a": (names[:20], [3.0] * 20),
+        "b": (names, [3.2] * 20 + [1.0] * 20),
+        "c": (names[20:], [1.3] * 20),
+    }
+    folders = [
+        make_run(
+            tmp_path / name,
+            targets=[1] * len(rows),
+            origins=rows,
+            val_nll={0: [4.0] * len(rows), 10: nll},
+            summary={"best_val_loss": sum(nll) / len(nll) if name != "c" else 2.5},
+        )
+        for name, (rows, nll) in runs.items()
+    ]
+    found = make_comparison(folders)
+    assert found.notes[0] == (
+        "a is better than b: its validation loss is lower by 0.200 [0.200, 0.200] on the shared 20 validation rows."
+    )
+    assert found.notes[1].startswith("b is better than c: its validation loss is lower by 0.300 [0.300, 0.300]")
+    assert not any("The lowest of" in note for note in found.notes)
+
+
 def test_a_gap_is_better_by_its_grade(tmp_path: Path) -> None:
     changes = {
         "probe_loss": 1.1,
@@ -179,11 +235,14 @@ def test_a_run_without_a_summary_has_what_is_known(tmp_path: Path) -> None:
     assert figures["wall_seconds"] is None
 
 
-def write_evaluation(folder: Path, *, loss: float, f1: float, rows: int = 50) -> None:
+def write_evaluation(
+    folder: Path, *, loss: float, f1: float, rows: int = 50, split: str = "test", adapter: str | None = None
+) -> None:
     (folder / "evaluation").mkdir()
     report = {
+        **({} if adapter is None else {"adapter_sha256": adapter}),
         "data": "d.jsonl",
-        "split": "test",
+        "split": split,
         "losses": {
             "base": {"loss": 3.0},
             "adapter": {"loss": loss},
@@ -199,23 +258,79 @@ def write_evaluation(folder: Path, *, loss: float, f1: float, rows: int = 50) ->
     (folder / "evaluation" / "evaluation_report.json").write_text(json.dumps(report))
 
 
-def test_test_figures_are_read_and_marked(tmp_path: Path) -> None:
+def test_figures_on_test_rows_are_read_and_marked(tmp_path: Path) -> None:
     folders = pair_of_runs(tmp_path, 0.2)
     for folder, loss, f1 in zip(folders, (2.0, 1.9), (0.8, 0.7), strict=True):
         write_evaluation(folder, loss=loss, f1=f1)
     found = make_comparison(folders)
-    assert (found.best["test_loss"], found.best["test_gain"], found.best["f1"]) == (1, 1, 0)
+    names = ("loss_on_test_rows", "gain_on_test_rows", "f1_on_test_rows")
+    assert [found.best[name] for name in names] == [1, 1, 0]
     shown = text_of(found, 80)
+    assert re.search(r"  loss on test rows +2\.000  +1\.900\*", shown)
+    assert re.search(r"  gain on test rows, interval +\[0\.500, 1\.500\]", shown)
     assert "0.800*" in shown and "[0.700, 0.900]" in shown and "loss rise elsewhere" in shown
 
 
-def test_test_figures_of_other_rows_are_not_marked(tmp_path: Path) -> None:
+def test_figures_on_other_rows_are_not_marked(tmp_path: Path) -> None:
     folders = pair_of_runs(tmp_path, 0.2)
     write_evaluation(folders[0], loss=2.0, f1=0.8)
     write_evaluation(folders[1], loss=1.9, f1=0.7, rows=40)
     found = make_comparison(folders)
-    assert "test_loss" not in found.best
-    assert "The test figures are of different rows: they can't be compared." in found.notes
+    assert not [name for name in found.best if name.endswith("rows")]
+    assert (
+        "Evaluated on different rows (one on 50 rows of d.jsonl (test); two on 40 rows of d.jsonl (test)): these "
+        "losses and scores can't be compared."
+    ) in found.notes
+
+
+def test_figures_on_validation_rows_are_called_so(tmp_path: Path) -> None:
+    folders = pair_of_runs(tmp_path, 0.2)
+    write_evaluation(folders[0], loss=2.0, f1=0.8, split="validation")
+    write_evaluation(folders[1], loss=1.9, f1=0.7)
+    found = make_comparison(folders)
+    for width in (80, 200):
+        assert all(f"loss on {split} rows" in text_of(found, width) for split in ("validation", "test"))
+    one, two = json.loads(json.dumps(found.to_dict()))["runs"]
+    assert one["loss_on_validation_rows"] == 2.0 and two["loss_on_test_rows"] == 1.9
+    assert "loss_on_test_rows" not in one and "loss_on_validation_rows" not in two
+    assert one["evaluated_on"] == {"data": "d.jsonl", "split": "validation", "num_rows": 50, "num_targets": 100}
+    assert not [name for name in found.best if name.endswith("rows")]
+    assert any("one on 50 rows of d.jsonl (validation)" in note for note in found.notes)
+    assert compare(folders, output=str(tmp_path / "out"), as_json=False, console=Console(file=io.StringIO())) == 0
+    with open(tmp_path / "out" / "compare.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss_on_validation_rows"] for row in rows] == ["2.0", ""]
+    assert [row["f1_on_test_rows"] for row in rows] == ["", "0.7"]
+
+
+def test_an_evaluation_of_an_earlier_adapter_is_not_this_ones(tmp_path: Path) -> None:
+    folders = pair_of_runs(tmp_path, 0.2)
+    for folder in folders:
+        (folder / "adapters").mkdir()
+        (folder / "adapters" / "adapter_model.safetensors").write_bytes(b"now")
+    write_evaluation(folders[0], loss=2.0, f1=0.8, adapter=hashlib.sha256(b"now").hexdigest())
+    write_evaluation(folders[1], loss=1.9, f1=0.7, adapter=hashlib.sha256(b"before").hexdigest())
+    found = make_comparison(folders)
+    one, two = found.runs
+    assert one.figures["loss_on_test_rows"] == 2.0 and one.evaluation_note is None
+    assert two.figures.get("loss_on_test_rows") is None and two.evaluated_on is None
+    again = f"python cli.py evaluate {folders[1]}"
+    assert f"two: the evaluation is of an earlier adapter and is left out; again: {again}" in found.notes
+    assert not any("is not evaluated" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("state", [{"host": "elsewhere"}, {}])
+def test_a_summary_of_before_a_resume_is_not_compared(tmp_path: Path, state: dict[str, Any]) -> None:
+    """Whether the run goes on, on another machine, or was killed since."""
+    newer = {"best_step": 20, "best_val_loss": 2.2, **state}
+    folders = pair_of_runs(
+        tmp_path, 0.2, status="running", state=newer, val_nll={0: [8.0] * 20, 10: ROWS_A, 20: [4.4] * 20}
+    )
+    run = make_comparison(folders).runs[1]
+    assert run.status == ("running" if state else "died")
+    assert (run.figures["best_step"], run.figures["best_val_loss"]) == (20, 2.2)
+    assert run.figures["wall_seconds"] != 65.0 and run.figures["num_target_tokens"] is None
+    assert run.judged is not None and run.judged.nll.tolist() == [4.4] * 20
 
 
 def five_runs(tmp_path: Path) -> list[Path]:

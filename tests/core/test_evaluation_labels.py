@@ -8,8 +8,8 @@ import pytest
 
 from core.evaluation.labels import LabelScheme, canonical, find_scheme
 
-NUMBERS = LabelScheme(("0", "1", "2"), "predicted_label")
-NAMES = LabelScheme(("entailment", "neutral", "contradiction"), "label")
+NUMBERS = LabelScheme(("0", "1", "2"), "predicted_label", is_nli=True)
+NAMES = LabelScheme(("entailment", "neutral", "contradiction"), "label", is_nli=True)
 BARE = LabelScheme(("negative", "positive", "very positive"), None)
 
 STRICT = [
@@ -22,9 +22,38 @@ STRICT = [
     (NUMBERS, '<think>{"predicted_label": 0}</think>\n{"predicted_label": 2}', "2"),
     (NUMBERS, 'Is it {"predicted_label": 0}?</think>\n\n{"predicted_label": 2}', "2"),
     (BARE, "very positive", "very positive"),
+    (LabelScheme(("no", "yes"), None, frozenset({"Yes"})), "Yes", "yes"),
+    (LabelScheme(("0", "\N{MINUS SIGN}1"), None), "\N{MINUS SIGN}1", "\N{MINUS SIGN}1"),
 ]
 LETTERS = LabelScheme(("A", "B"), None)
+FOUR = LabelScheme(("A", "B", "C", "D"), None)
+SIGNED = LabelScheme(("-1", "0", "1"), None)
+BINARY = LabelScheme(("no", "yes"), None)
 TOLERANT = [
+    (SIGNED, "The answer is: -1", "-1"),
+    (SIGNED, "-1: because bad", "-1"),
+    (SIGNED, "Label: -1", "-1"),
+    (SIGNED, "Answer: -1", "-1"),
+    (SIGNED, "-1 (negative)", "-1"),
+    (SIGNED, "**\N{MINUS SIGN}1**: it is bad", "-1"),
+    (SIGNED, "It is \N{MINUS SIGN}1", "-1"),
+    (SIGNED, "- 1: it is good", "1"),
+    (FOUR, "B) Paris", "B"),
+    (FOUR, "B. Paris", "B"),
+    (FOUR, "(B) Paris", "B"),
+    (FOUR, "Option B", "B"),
+    (FOUR, "The correct answer is option C.", "C"),
+    (FOUR, "C, because it is the capital", "C"),
+    (FOUR, "I choose option D, as it is the largest.", "D"),
+    (FOUR, "Option A: Paris. Option B: Rome. The answer is B.", "B"),
+    (FOUR, "B) Paris\n\nExplanation: it is the capital. A) is in Italy.", "B"),
+    (BINARY, "No.", "no"),
+    (BINARY, "No it is not", "no"),
+    (BINARY, "I would say no, it is wrong", "no"),
+    (BINARY, "Yes, there is no doubt of it", "yes"),
+    (BINARY, "The answer is no doubt yes", "yes"),
+    (NUMBERS, "0 (entailment)", "0"),
+    (NUMBERS, "The label is 2, contradiction", "2"),
     (LETTERS, "The answer is B.", "B"),
     (LETTERS, "b", "B"),
     (LETTERS, "A: it is the first", "A"),
@@ -51,6 +80,19 @@ TOLERANT = [
     (BARE, "**negative**", "negative"),
 ]
 UNREADABLE = [
+    (LabelScheme(("0", "1"), "label"), "This review is neutral."),
+    (LabelScheme(("0", "1"), None), "-1"),
+    (LabelScheme(("0", "1"), None), "The answer is -1"),
+    (FOUR, "A) Paris\nB) Rome\nC) London\nD) Bern"),
+    (FOUR, "A, B, C or D"),
+    (FOUR, "Option A: Paris. Option B: Rome."),
+    (BINARY, "There is no doubt that it is correct."),
+    (BINARY, "I have no idea"),
+    (BINARY, "No one knows"),
+    (BINARY, "The answer is yes or no."),
+    (BARE, "the output is positive or negative"),
+    (BARE, "The label is positive/negative"),
+    (BARE, "a non-positive one"),
     (LETTERS, "A man walks, so it is true"),
     (LETTERS, "The answer is a man"),
     (NUMBERS, "The answer is 2 men"),
@@ -93,7 +135,21 @@ def test_labels_of_json_answers() -> None:
     answers = [json.dumps({"thought_process": f"Because {n}.", "predicted_label": n % 3}) for n in range(9)]
     assert find_scheme(answers, [None] * 9) == LabelScheme(("0", "1", "2"), "predicted_label")
     named = [json.dumps({"label": name}) for name in ("contradiction", "entailment", "neutral")]
-    assert find_scheme(named, [None] * 3) == LabelScheme(("entailment", "neutral", "contradiction"), "label")
+    names = ("entailment", "neutral", "contradiction")
+    assert find_scheme(named, [None] * 3) == LabelScheme(names, "label", is_nli=True)
+
+
+def test_only_rows_of_inference_have_its_names() -> None:
+    answers = [json.dumps({"label": number % 2}) for number in range(6)]
+    asked = [f"Premise: It is {number}.\nHypothesis: It is not." for number in range(6)]
+    for scheme in (find_scheme(answers, [None] * 6, asked), find_scheme(answers, ["neutral"] * 6)):
+        assert scheme is not None and scheme.is_nli and scheme.read("It is neutral.").label == "1"
+    for scheme in (find_scheme(answers, ["0", "1"] * 3, ["Good or bad?"] * 6), find_scheme(answers, [None] * 6)):
+        assert scheme is not None and not scheme.is_nli and scheme.read("It is neutral.").label is None
+
+
+def test_labels_below_0_are_in_order() -> None:
+    assert find_scheme(["1", "-1", "0"] * 3, [None] * 9) == LabelScheme(("-1", "0", "1"), None)
 
 
 def test_a_column_shows_which_key_is_the_label() -> None:
@@ -103,7 +159,9 @@ def test_a_column_shows_which_key_is_the_label() -> None:
 
 
 def test_a_few_short_answers_are_labels() -> None:
-    assert find_scheme(["yes", "no", "Yes", "no", "yes"], [None] * 5) == LabelScheme(("no", "yes"), None)
+    assert find_scheme(["yes", "no", "Yes", "no", "yes"], [None] * 5) == LabelScheme(
+        ("no", "yes"), None, frozenset({"Yes"})
+    )
     assert find_scheme(["red 1", "red 2", "blue 3", "blue 4"], [None] * 4) is None  # each once
     assert find_scheme(["one answer"] * 8, [None] * 8) is None
     assert find_scheme(["a much longer answer than any label would ever be", "no"] * 4, [None] * 8) is None

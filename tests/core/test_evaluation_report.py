@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -17,12 +18,15 @@ from core.evaluation.labels import LabelScheme
 from core.evaluation.losses import pair_losses
 from core.evaluation.plots import CONFUSION, F1, LOSS_DIFFERENCES, write_plots
 from core.evaluation.report import (
+    EVALUATION,
     PLOTS,
     REPORT,
     Answers,
     Evaluation,
     Row,
+    earlier_findings,
     excerpt,
+    read_evaluation_of,
     rows_csv,
     summary_csv,
     without_common,
@@ -51,6 +55,7 @@ def evaluation(*, has_answers: bool = True, num_rows: int = 8) -> Evaluation:
         options["answers"] = answers
     return Evaluation(
         run="runs/moods",
+        adapter_sha256="0" * 64,
         model="some/model",
         backend="mlx",
         device="CPU",
@@ -82,6 +87,25 @@ def test_the_report_names_rows_from_either_end(tmp_path: Path) -> None:
     assert report["classification"]["f1_gain"] == pytest.approx(2 / 3)
     assert report["verdict"] == report["classification"]["verdict"]
     assert report["general"] is None and report["gate"] is None
+
+
+def test_an_evaluation_is_of_one_adapter(tmp_path: Path) -> None:
+    weights = tmp_path / "adapters" / "adapter_model.safetensors"
+    assert (tmp_path / EVALUATION).parent.name == "evaluation"
+    assert read_evaluation_of(tmp_path).report is None and read_evaluation_of(tmp_path).note is None
+    for folder in ("adapters", "evaluation"):
+        (tmp_path / folder).mkdir()
+    weights.write_bytes(b"one")
+    found = replace(evaluation(), adapter_sha256=hashlib.sha256(b"one").hexdigest())
+    write_report(tmp_path / "evaluation", found)
+    report = read_evaluation_of(tmp_path).report
+    assert report is not None and report["losses"] == found.losses.to_dict()
+    weights.write_bytes(b"two")
+    later = read_evaluation_of(tmp_path)
+    assert later.report is None and later.note is not None
+    assert "earlier adapter" in later.note and later.note.endswith(f"python cli.py evaluate {tmp_path}")
+    weights.unlink()
+    assert read_evaluation_of(tmp_path).report == report
 
 
 def test_tables_read_back() -> None:
@@ -123,7 +147,7 @@ def test_the_screen_says_the_verdict_first_and_fits(width: int) -> None:
     assert max(map(len, lines)) <= width
     assert lines[2] == "No difference that these rows could show: F1 0.333 → 1.000 on 8 test rows"  # 4 rows differ
     assert any("7 better, 1 worse" in line and "(8 of 20)" in line for line in lines)
-    assert any(line.startswith('  got worst  moods.jsonl:1  +0.250  0, "so"?') for line in lines)
+    assert any(line.startswith("  got worst  moods.jsonl:1  +0.250  0,") for line in lines)
     assert lines[-1].endswith("python cli.py merge x") and any("Keep it: so" in line for line in lines)
 
 
@@ -137,6 +161,7 @@ def test_what_all_questions_repeat_is_left_out() -> None:
     assert without_common(texts) == ["One dog.", "Two tall cats."]
     assert without_common(["same words", "same words"]) == ["same words", "same words"]
     assert without_common(["a b", "a b c"]) == ["a b", "a b c"]
+    assert without_common(["The dog is here", "The cat is here"]) == ["dog", "cat"]
     assert without_common([]) == [] and without_common(["one"]) == ["one"]
 
 
@@ -155,3 +180,31 @@ def test_the_screen_says_when_losses_and_answers_judge_otherwise() -> None:
         evaluation(has_answers=False), console=Console(file=out), folder="here", general=[], gate=None, next_command="x"
     )
     assert "by loss" not in out.getvalue()
+
+
+@pytest.mark.parametrize("cut_off", [True, False])
+def test_answers_that_no_one_can_read_show_nothing(cut_off: bool) -> None:
+    found = evaluation(num_rows=40)
+    readings = [SCHEME.read("hm")] * 40
+    answers = {side: Answers(["hm"] * 40, [not cut_off] * 40, readings) for side in ("base", "adapter")}
+    scores = classify(SCHEME, ["yes", "no"] * 20, readings, readings, seed=0, confidence=0.95)
+    found = replace(found, answers=answers, classification=scores)
+    out = io.StringIO()
+    print_evaluation(found, console=Console(file=out, width=80), folder="here", general=[], gate=None, next_command="x")
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    why = "most were cut off at --max-tokens 8; raise it" if cut_off else "none names a label; rows.csv has them"
+    assert lines[2] == f"No answer could be read: {why}"
+    assert lines[3].startswith("Better than the base model: loss ")
+    assert found.to_dict()["verdict"] == found.losses.verdict
+    assert any("--max-tokens 8 or model's length" in line for line in lines) is cut_off
+
+
+def test_what_was_found_before_holds_for_the_same_adapter_and_rows(tmp_path: Path) -> None:
+    first = replace(evaluation(), losses_key="one", general={"rise": 0.1}, gate={"keep": True})
+    assert earlier_findings(tmp_path, first) == (None, None)
+    write_report(tmp_path, first)
+    now = replace(first, general=None, gate=None)
+    assert earlier_findings(tmp_path, now) == (first.general, first.gate)
+    assert earlier_findings(tmp_path, replace(now, losses_key="two")) == (first.general, None)
+    assert earlier_findings(tmp_path, replace(now, precision="4-bit")) == (None, None)
+    assert earlier_findings(tmp_path, replace(now, adapter_sha256="another")) == (None, None)

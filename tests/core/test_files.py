@@ -25,6 +25,13 @@ def test_write_atomic_replaces_the_whole_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
+def test_a_home_folder_and_a_name_that_looks_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.user_path("~/talk.jsonl") == tmp_path / "talk.jsonl"
+    assert files.user_path("~no_such_user_here.jsonl") == Path("~no_such_user_here.jsonl")
+    assert files.user_path("-") == Path("-")
+
+
 @pytest.mark.parametrize("durable", [False, True])
 @pytest.mark.parametrize("broken", ["replace", "fsync", "open"])
 def test_a_crash_leaves_the_old_file(

@@ -33,7 +33,7 @@ def test_all_three_pass() -> None:
     assert decision.keep and decision.exit_code == 0 and decision.reasons == []
     assert decision.line == (
         "Keep it: held-out rows gained 0.500 [0.400, 0.600] nats per token, gap 0.080 (GOOD), "
-        "general texts rose by 0.020"
+        "the loss on general texts rose by 0.020"
     )
     assert json.loads(json.dumps(decision.to_dict())) == {"keep": True, "line": decision.line, "reasons": []}
 
@@ -62,7 +62,16 @@ def test_each_can_stand_against_it(given: dict[str, Any], words: str) -> None:
     assert decision.line.startswith("Don't keep it: ") and words in decision.line
 
 
+def test_rows_that_were_trained_on_are_no_proof() -> None:
+    general: Any = SimpleNamespace(rise=3.0)
+    decision = decide(GATE, summary=SUMMARY, losses=GOOD, general=general, num_trained_on=3)
+    assert not decision.keep and len(decision.reasons) == 2
+    assert decision.reasons[0] == "3 rows were trained on, so the gain is not that of held-out rows"
+    assert decide(GATE, summary=SUMMARY, losses=GOOD, general=SimpleNamespace(rise=0.0), num_trained_on=0).keep
+
+
 def test_bounds() -> None:
+    assert "the loss on general texts fell by 2.000" in asked(rise=-2.0).line
     assert asked(rise=0.1).keep and asked(rise=-2.0).keep and asked(gap=0.1499).keep and asked(gap=-0.3).keep
     assert asked(found=losses(0.01, 0.001, 0.02)).keep
     wanting = Gate(max_gap=0.15, min_gain=0.3)

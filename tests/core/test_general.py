@@ -21,8 +21,9 @@ from core.general import (
     make_report,
     score_targets,
 )
+from core.progress import Progress
+from core.protocols import FloatArray
 from core.remeasure import remeasure
-from core.trainer import Progress
 from core.verdict import verdict_lines
 from core.workflow import general as workflow
 from tests.fakes import FakeData, FakeLearner
@@ -124,6 +125,34 @@ def test_a_category_that_suffered_is_named_where_the_others_gained() -> None:
     json_scores = report.categories["json"]
     assert 0 < json_scores.rise_low < json_scores.rise < json_scores.rise_high
     assert report.categories["code"].rise_high < 0
+
+
+def scores_of(rises: FloatArray) -> TargetScores:
+    """Of texts of a token each."""
+    base = np.full(len(rises), 5.0)
+    return TargetScores(base, base + rises, np.zeros(len(rises)), np.zeros(len(rises), np.bool_))
+
+
+def test_without_an_effect_hardly_a_category_is_accused() -> None:
+    """Of 100 reports on eight categories each; 25 texts are not many."""
+    texts = [Row(f"kind {row % 8}") for row in range(200)]
+    rng = np.random.default_rng(3)
+    reports = [make_report(texts, np.arange(200), scores_of(rng.normal(0, 1, 200)), seed=run) for run in range(100)]
+    assert sum("but kind" in report.lines[0] for report in reports) <= 8
+    assert sum(report.verdict == "forgotten" for report in reports) <= 5
+    one = reports[0]
+    widths = [scores.rise_high - scores.rise_low for scores in one.categories.values()]
+    # 2.5 % and 2.5 % / 8 of the normal distribution lie beyond 1.96 and 2.73; a category has an eighth of the texts
+    assert np.mean(widths) / (one.rise_high - one.rise_low) == pytest.approx(np.sqrt(8) * 2.73 / 1.96, rel=0.2)
+
+
+def test_a_rise_that_is_sure_but_small_is_not_forgetting() -> None:
+    texts = [Row("code")] * 50 + [Row("facts")] * 50
+    small = scores_of(np.random.default_rng(0).normal(0.004, 0.001, 100))
+    report = make_report(texts, np.arange(100), small)
+    assert report.rise_low > 0 and report.verdict == "unchanged"
+    assert report.lines[0].startswith("Nothing forgotten that matters: the loss on general texts moved by +0.004 ")
+    assert make_report(texts, np.arange(100), small, least=0.002).lines[0].startswith("Forgotten: ")
 
 
 def test_lines_name_the_categories_that_suffered_first() -> None:

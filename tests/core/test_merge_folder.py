@@ -13,7 +13,14 @@ import pytest
 from core.architecture import read_architecture
 from core.errors import UserError
 from core.merging import folder as merge_folder
-from core.merging.folder import Draft, copy_side_files, merged_config, refuse_full_disk, refuse_quantised
+from core.merging.folder import (
+    Draft,
+    copy_side_files,
+    merged_config,
+    refuse_full_disk,
+    refuse_quantised,
+    refuse_taken,
+)
 from core.models import ResolvedModel
 from tests.tiny import make_model
 
@@ -162,6 +169,18 @@ def test_a_folder_that_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"), Draft(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / "file").read_text() == "somebody's"
+
+
+def test_a_folder_that_can_not_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for output in (Path(), tmp_path, Path("gone/..")):
+        with pytest.raises(UserError, match="this is the folder that you are in") as caught:
+            refuse_taken(output)
+        assert caught.value.hint is not None and caught.value.hint.endswith(f"--output {output / 'merged'}")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    with pytest.raises(UserError, match=r"mounted: .* this is a mount point"):
+        refuse_taken(Path("mounted"))
 
 
 def test_a_full_disk_is_seen_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

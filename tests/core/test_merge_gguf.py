@@ -37,6 +37,28 @@ def test_what_is_equal_passes(tied: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("largest", "share"),
+    [
+        # the step, a 127th of it, lies in the middle between two float16 numbers: normal ones, and others
+        (127 * 2.0**-7 + 2.0**-11, 0.0042),
+        (127 * 132.5 * 2.0**-24, 0.006),
+    ],
+)
+def test_what_q8_0_rounds_passes(largest: float, share: float, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    convert_gguf(write_tiny_gguf(tmp_path / "right.gguf", largest=largest).path, folder)
+    path = write_tiny_gguf(tmp_path / "file.gguf", largest=largest, q8_0=True).path
+    report = check_gguf(path, folder, read_architecture(folder))
+    assert report.kind == "Q8_0" and report.largest_difference > share
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"].reshape(-1)[7] += np.float16(0.02 * largest)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"ffn_up\.weight is not the merged model's"):
+        check_gguf(path, folder, read_architecture(folder))
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "model.layers.1.self_attn.k_proj.weight",

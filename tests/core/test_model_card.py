@@ -177,14 +177,14 @@ def test_metadata_of_an_adapter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "library", "libraries"),
+    ("weights", "library", "libraries", "training"),
     [
-        ("16-bit", "transformers", {"transformers", "mlx-lm", "vLLM", "Twinkeel"}),
-        ("mlx-4bit", "mlx", {"mlx-lm", "Twinkeel"}),
-        ("nf4", "transformers", {"transformers"}),
+        ("16-bit", "transformers", {"transformers", "mlx-lm", "vLLM", "Twinkeel"}, "train --model"),
+        ("mlx-4bit", "mlx", {"mlx-lm", "Twinkeel"}, "train --backend mlx --model"),
+        ("nf4", "transformers", {"transformers", "Twinkeel"}, "train --backend cuda --model"),
     ],
 )
-def test_a_merged_model_says_what_can_read_it(weights: str, library: str, libraries: set[str]) -> None:
+def test_a_merged_model_says_what_can_read_it(weights: str, library: str, libraries: set[str], training: str) -> None:
     check = {
         "rows": "validation rows",
         "num_rows": 8,
@@ -196,6 +196,7 @@ def test_a_merged_model_says_what_can_read_it(weights: str, library: str, librar
     data = data_of(card)
     assert (data["library_name"], data["base_model_relation"]) == (library, "finetune")
     assert {name for name in ("transformers", "mlx-lm", "vLLM", "Twinkeel", "PEFT") if f"**{name}" in card} == libraries
+    assert f"python cli.py {training} carol/letters --data ROWS.jsonl" in card
     assert table(card) | {"merged": ["1.5001"], "merged, 4 bits": ["1.6100"]} == table(card)
     assert "- Note: quantising it to 4 bits cost 0.110 nats per target token" in first_lines(card)
     # the evaluation was of the adapter on its base: its numbers are not those of quantised weights
@@ -228,12 +229,26 @@ def test_an_evaluation_is_shown_and_becomes_a_model_index() -> None:
     assert name == "letters"
 
 
+def test_a_negative_gain_is_said_the_other_way_round() -> None:
+    worse = {
+        "losses": REPORT["losses"] | {"gain": -0.05, "gain_low": -0.1, "gain_high": 0.0},
+        "classification": {"f1_gain": -0.02, "f1_gain_low": -0.06, "f1_gain_high": 0.02},
+    }
+    card = text_of(report=REPORT | worse)
+    assert "Loss: 0.050 [0.000, 0.100] nats per target token higher." in card
+    assert "F1: 0.020 [-0.020, 0.060] lower." in card
+    assert "Loss: 1.100 [0.900, 1.300] nats per target token lower." in text_of(report=REPORT)
+
+
 def test_an_evaluation_on_other_data_is_not_said_to_be_on_the_run_s() -> None:
     report = REPORT | {"data": f"{HOME}/other.csv"}
     found = read_evaluation(report, data_name="org/set", data_path="org/set", data_id="org/set")
     assert found is not None and (found.data_name, found.data_id) == ("other.csv", None)
     own = read_evaluation(REPORT | {"data": "org/set"}, data_name="org/set", data_path="org/set", data_id="org/set")
     assert own is not None and own.results()[0].dataset_type == "org/set"
+    namesake = REPORT | {"data": f"{HOME}/set"}
+    found = read_evaluation(namesake, data_name="set", data_path="set", data_id="set")
+    assert found is not None and (found.data_name, found.data_id) == ("set", None)
     assert read_evaluation({"losses": None}, data_name="x", data_path="x", data_id=None) is None
     assert read_evaluation(None, data_name="x", data_path="x", data_id=None) is None
 

@@ -285,6 +285,21 @@ def test_a_summary_of_before_a_resume_is_not_the_verdict(tmp_path: Path) -> None
     assert report.verdict.headline == "Not finished (running): step 20 of 20." and not report.summary
 
 
+def test_an_evaluation_of_an_earlier_adapter_is_not_shown(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    full_evaluation(folder)
+    assert read_report(folder).evaluation  # of an adapter that is gone, and no other is there
+    (folder / "adapters").mkdir()
+    (folder / "adapters" / "adapter_model.safetensors").write_bytes(b"now")
+    page = Page(page_of(folder))
+    assert page.section("evaluation").all("p")[0].words == (
+        "Not shown: the evaluation does not say of which adapter it is and is left out; again: "
+        f"python cli.py evaluate {folder}"
+    )
+    assert "Forgotten" not in page.section("verdict").words
+    assert f"python cli.py evaluate {folder}" in [code.words for code in page.section("next").all("code")]
+
+
 def test_a_run_before_its_first_record_is_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", status="failed", state={"error": "no memory"})
     for name in ("metrics.jsonl", "training_summary.json", "split.csv"):

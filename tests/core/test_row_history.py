@@ -11,10 +11,10 @@ import pytest
 
 from core.config import GuardConfig
 from core.protocols import FloatArray, IntArray, RowLosses
-from core.row_history import RowHistory, SplitHistory, describe_rows, judge_rows, read_history
+from core.row_history import RowHistory, SplitHistory, _rise, describe_rows, judge_rows, read_history
 from core.row_losses import write_row_losses
-from core.row_statistics import FallLine, false_discoveries, row_noise, sign_test, t_tail
-from core.run import write_split
+from core.row_statistics import FallLine, Tail, false_discoveries, row_noise, sign_test, stands_out, t_tail
+from core.run import STATE, write_split
 
 NUM_EVALUATIONS = 6
 
@@ -74,6 +74,33 @@ def test_where_nothing_was_memorised_hardly_a_row_is_named(shift: float) -> None
     """Of 40 runs with 120 rows each; held-out rows that are harder throughout are no sign of memory."""
     named = [len(judge_rows(history(seed=2 * run, shift=shift)[0]).memorised) for run in range(40)]
     assert sum(named) <= 6 and max(named) <= 2
+
+
+@pytest.mark.parametrize(("num_val", "most"), [(10, 4), (20, 4), (60, 4)])
+def test_rare_rows_of_a_heavy_tail_are_not_memorised(num_val: int, most: int) -> None:
+    """Both splits' falls scatter as Student's t with 3 degrees of freedom, in 30 runs; taken for normal, half of the
+    runs would name a row."""
+    with_names = 0
+    for run in range(30):
+        made, *sides = history(seed=2 * run, num_val=num_val)
+        rng = np.random.default_rng(run)
+        for losses in sides:
+            start = losses[0]
+            losses[-1] = start - (0.33 * (start - 1.5) + 0.15 * rng.standard_t(3, len(start)))
+        with_names += bool(judge_rows(planted(made, *sides)).memorised)
+    assert with_names <= most
+
+
+def test_tails_by_hand() -> None:
+    """Of many distances the tail is what they were drawn from; of few it may be heavier, never lighter."""
+    rng = np.random.default_rng(0)
+    normal, heavy = np.abs(rng.normal(0, 2, 4000)), np.abs(2 * rng.standard_t(3, 4000))
+    assert Tail.fit(normal).degrees >= 15 and Tail.fit(normal).scale == pytest.approx(2, rel=0.1)
+    assert Tail.fit(heavy).degrees in (2.5, 3) and Tail.fit(heavy).scale == pytest.approx(2, rel=0.1)
+    assert Tail.fit(normal[:20]).degrees < 10
+    # 3 degrees of freedom: 1 % of both sides lies beyond 5.841
+    np.testing.assert_allclose(Tail(3, 2.0).beyond(np.array([2 * 5.841, 0.0])), [0.005, 0.5], rtol=1e-3)
+    assert Tail.fit(np.zeros(10)).beyond(np.array([1.0]))[0] < 1e-6
 
 
 def test_planted_rows_are_found_and_easy_ones_are_not() -> None:
@@ -194,6 +221,29 @@ def test_a_few_rows_rise() -> None:
     assert "2 rows make up all of it (held.jsonl:6, held.jsonl:7)" in verdict.lines[-1]
 
 
+@pytest.mark.parametrize(("num_rows", "num_evaluations"), [(30, 3), (100, 6), (400, 6)])
+def test_noise_is_no_few_rows(num_rows: int, num_evaluations: int) -> None:
+    """Of 200 histories of noise half rise, and the rows that rose most, by chance, always make up the rise."""
+    rng = np.random.default_rng(num_rows + num_evaluations)
+    kinds = []
+    for _ in range(200):
+        means = 2 + 0.1 * rng.normal(size=(num_evaluations, num_rows))
+        held = split(means, np.full(num_rows, 10), "held")
+        rise = _rise(RowHistory(tuple(range(num_evaluations)), num_evaluations - 2, held, held), held)
+        kinds += [] if rise is None else [rise.kind]
+    assert len(kinds) > 70 and kinds.count("few") <= 0.12 * len(kinds)
+
+
+def test_standing_out_by_hand() -> None:
+    # the median is 0, the median distance to it 0.1: a standard deviation of 0.148
+    rises = np.array([-0.1, 0.0, 0.1, 0.1, -0.1, 0.44, 0.45])[[0, 1, 1, 2, 4, 5, 6]]
+    ones = np.ones(7, np.int64)
+    assert stands_out(rises, ones, None, times=3).tolist() == [False] * 5 + [False, True]
+    assert not stands_out(rises, ones, np.full(7, 0.2), times=3).any()
+    # four times the tokens, half the noise: half of that is enough
+    assert stands_out(rises / 2, 4 * ones, np.full(7, 0.01), times=3).tolist() == [False] * 6 + [True]
+
+
 def test_neither_all_nor_a_few() -> None:
     assert rising([0.4] * 11 + [-0.3] * 9).rise.kind == "unclear"
 
@@ -258,6 +308,38 @@ def test_a_run_folder_is_read(tmp_path: Path) -> None:
     json.dumps(verdict.to_dict(), allow_nan=False)
     said = describe_rows(folder)
     assert 1 <= len(said) <= 2 and "rows.jsonl:8" in said[0]
+
+
+def test_a_damaged_step_is_left_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", history(best=3)[0])
+    path = folder / "row_losses" / "step40.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    found = read_history(folder)
+    assert found is not None and found.steps == (0, 10, 20, 30, 50) and found.best == 3
+    assert "the losses at step 40 can't be read" in judge_rows(found).lines[-1]
+    assert describe_rows(folder)
+
+
+def test_a_remark_never_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is made when the run has already finished."""
+    folder = write_run(tmp_path / "run", history(best=3)[0])
+    monkeypatch.setattr("core.row_history.judge_rows", lambda *_: 1 / 0)
+    assert describe_rows(folder) == []
+    assert "single rows were not judged: ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("status", "best"), [("running", 4), ("starting", 4), ("interrupted", 3), ("failed", 3), ("finished", 3)]
+)
+def test_a_run_that_goes_on_has_the_summary_of_its_interruption(tmp_path: Path, status: str, best: int) -> None:
+    made, val, probe = history()
+    val[1:] = val[1] + np.array([0.3, 0.2, 0.1, 0.0, 0.4])[:, None]
+    folder = write_run(tmp_path / "run", planted(made, val, probe))
+    (folder / STATE).write_text(json.dumps({"status": status}))
+    found = read_history(folder)
+    assert found is not None and found.best == best
 
 
 def test_what_a_killed_process_left_behind_does_not_count(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+import pytest
+from safetensors.numpy import load_file, save_file
 
 from core.protocols import RowLosses
-from core.row_losses import read_row_losses, write_row_losses
+from core.row_losses import read_row_losses, read_splits, write_row_losses
 
 
 def losses(seed: int, num_rows: int) -> RowLosses:
@@ -38,6 +39,21 @@ def test_no_evaluation_is_none(tmp_path: Path) -> None:
     assert read_row_losses(tmp_path, 0) is None
     write_row_losses(tmp_path, 0, validation=losses(0, 3), probe=losses(0, 3))
     assert read_row_losses(tmp_path, 1) is None
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 500])
+def test_a_damaged_file_is_no_evaluation(tmp_path: Path, kept: int) -> None:
+    write_row_losses(tmp_path, 5, validation=losses(0, 7), probe=losses(1, 4))
+    path = tmp_path / "row_losses" / "step5.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    assert read_row_losses(tmp_path, 5) is None and read_splits(tmp_path, 5) == {}
+
+
+def test_a_file_without_its_row_numbers_is_no_evaluation(tmp_path: Path) -> None:
+    write_row_losses(tmp_path, 5, validation=losses(0, 7), probe=losses(1, 4))
+    path = tmp_path / "row_losses" / "step5.safetensors"
+    save_file({name: values for name, values in load_file(path).items() if "row_ids" not in name}, path)
+    assert read_splits(tmp_path, 5) == {}
 
 
 def test_the_same_evaluation_gives_the_same_bytes(tmp_path: Path) -> None:

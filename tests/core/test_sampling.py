@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from core.errors import UserError
 from core.generation import continue_prompts, end_tokens
 from core.sampling import GREEDY, Continuation, Sampling, penalise, pick_token
 
@@ -122,7 +123,12 @@ def run(prompts: Sequence[Sequence[int]], decoder: FakeDecoder | None = None, **
 def test_rows_end_by_themselves_and_cost_nothing_then() -> None:
     """1 -> 1 2 4 8; 25 -> 25, then 50 = 0 ends it; 20 30 -> 0 at once; 3 -> 3 6 12 24."""
     decoder, seen = FakeDecoder(), []
-    found = run([[1], [25], [20, 30], [3]], decoder, on_token=lambda row, token: seen.append((row, token)))
+
+    def note(row: int, token: int) -> bool:
+        seen.append((row, token))
+        return False
+
+    found = run([[1], [25], [20, 30], [3]], decoder, on_token=note)
     assert found == [
         Continuation([1, 2, 4, 8], ended=False),
         Continuation([25], ended=True),
@@ -180,11 +186,48 @@ def test_a_penalty_counts_prompt_and_answer() -> None:
 
 
 def test_what_a_callback_raises_is_passed_on() -> None:
-    def stop(row: int, token: int) -> None:
+    def stop(row: int, token: int) -> bool:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run([[1]], on_token=stop)
+
+
+def test_a_row_ends_where_it_is_long_enough() -> None:
+    """1 -> 1 2, where the 2 is enough; 3 -> 3 6 12 24, with a batch of one from then on."""
+    decoder = FakeDecoder()
+    found = run([[1], [3]], decoder, on_token=lambda row, token: token == 2)
+    assert found == [Continuation([1, 2], ended=False), Continuation([3, 6, 12, 24], ended=False)]
+    assert decoder.kept == [[1]] and decoder.num_rows == [2, 1, 1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=0), Sampling(0.0, repetition_penalty=1.1)])
+def test_logits_that_are_no_numbers_are_refused(value: float, sampling: Sampling) -> None:
+    class Diverged(FakeDecoder):
+        def logits(self) -> npt.NDArray[np.float32]:
+            found = super().logits()
+            found[-1, 30] = value
+            return found
+
+    with pytest.raises(UserError, match="the model's output is not a number") as caught:
+        run([[1], [3]], Diverged(), sampling=sampling)
+    assert "model.dtype" in str(caught.value.hint)
+    assert len(run([[1], [3]], FakeDecoder(), sampling=sampling)) == 2
+
+
+def test_a_token_that_can_not_be_is_never_drawn() -> None:
+    """Minus infinity is a probability of 0."""
+    logits = np.array([-np.inf, 1.0, -np.inf, 1.0])
+    random = np.random.default_rng(0)
+    assert {pick_token(logits, 1.0, top_p=1.0, top_k=0, random=random) for _ in range(50)} == {1, 3}
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_temperature_near_zero_takes_the_likeliest() -> None:
+    logits = np.array([1.0, 700.0, 699.0], np.float32)
+    for temperature in (5e-324, 1e-308, 1e-40):
+        assert pick_token(logits, temperature, top_p=0.95, top_k=0, random=np.random.default_rng(0)) == 1
 
 
 def test_end_tokens_are_the_tokenizers_and_the_models() -> None:

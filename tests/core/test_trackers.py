@@ -13,15 +13,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from rich.console import Console
 
 from core.errors import UserError
 from core.run import write_summary
-from core.trackers import command, process, track
+from core.trackers import command, process
 from core.trackers.base import KINDS, TrackerKind
+from core.trackers.command import track
 from core.trackers.cursor import path_of, writing_alone
+from core.trackers.environment import one_line, without_credentials, without_secrets
+from core.trackers.mlflow import _where as mlflow_where
 from core.trackers.points import flat, point_of
 from core.trackers.process import RunTrackers, TrackerProcess, check_installed
+from core.trackers.worker import facts_of
 from tests.core.broken_trackers import SECRET
 from tests.core.tracked import TrackedRun, last_step, text_of, until
 
@@ -90,6 +95,60 @@ def test_names_are_grouped_and_a_grade_is_a_number() -> None:
 def test_settings_by_their_dotted_names() -> None:
     found = flat({"lora": {"rank": 4, "targets": ["q", "v"]}, "fields": {}, "moves": [{"a": 1}], "output": None})
     assert found == {"lora.rank": 4, "lora.targets": "q, v", "output": None}
+
+
+def test_of_absolute_paths_the_last_part_is_sent(tmp_path: Path) -> None:
+    run = TrackedRun(tmp_path / "run")
+    settings = {
+        "model": {"path": "/home/me/models/tiny"},
+        "data": {"path": "~/data/nli.jsonl"},
+        "output": "runs/expert",
+        "log": {"project": "twinkeel"},
+    }
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    run.state.update(model="/home/me/models/tiny")
+    config = facts_of(run.folder, run_id="id", project="twinkeel").config
+    assert [config[name] for name in ("model.path", "data.path", "run.model", "output")] == [
+        "tiny",
+        "nli.jsonl",
+        "tiny",
+        "runs/expert",
+    ]
+    assert not any("me/" in str(value) or "~" in str(value) for value in config.values())
+    assert flat({"files": ["/home/me/a.jsonl", "b/c.jsonl"], "root": "/"}) == {
+        "files": "a.jsonl, b/c.jsonl",
+        "root": "/",
+    }
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:hunter2secret@ml.example:5000/x", "https://ml.example:5000/x"),
+        ("https://hunter2secret@ml.example", "https://ml.example"),
+        ("https://ml.example/?write_token=hunter2secret#/runs", "https://ml.example/#/runs"),
+        ("postgresql://me:hunter2@secret@db.example/mlflow", "postgresql://db.example/mlflow"),
+        ("postgresql://me:hunter2/secret@db.example/mlflow", "postgresql://db.example/mlflow"),
+        ("sqlite:///runs/me@home/mlflow.db", "sqlite:///runs/me@home/mlflow.db"),
+        ("sqlite:////data/mlflow.db", "sqlite:////data/mlflow.db"),
+        ("me/space", "me/space"),
+    ],
+)
+def test_an_address_is_shown_without_credentials(url: str, shown: str) -> None:
+    assert without_credentials(url) == shown
+    where = mlflow_where(url)
+    assert where == shown if url.startswith("https") else where.endswith(f"mlflow ui --backend-store-uri {shown}")
+    assert "secret" not in without_secrets(f"can't reach {url} (refused)")
+
+
+def test_an_error_keeps_its_words_without_the_credentials() -> None:
+    error = ConnectionError("no answer from https://me:pw@ml.example/api?write_token=abc; is postgresql://db/x there?")
+    assert one_line(error) == (
+        "ConnectionError: no answer from https://***@ml.example/api?write_token=*** is postgresql://db/x there?"
+    )
 
 
 # --- trackers that break ----------------------------------------------------------------------------------------------
@@ -187,7 +246,8 @@ def test_track_after_a_failure_sends_the_rest_to_the_same_run(tmp_path: Path, co
     assert first[1] == second[1]  # our number of the run
     assert [line[1] for line in kept if line[0] == "log"] == list(STEPS)
     assert kept[-1][:3] == ["finish", "failed", 50]
-    assert kept[-1][3]["error"] == "it broke"
+    assert kept[-1][3]["grade"] == "MODERATE"
+    assert "error" not in kept[-1][3]
 
 
 @pytest.mark.usefixtures("broken")
@@ -345,6 +405,32 @@ def test_a_process_that_cannot_start_is_a_tracker_that_failed(
     assert text.endswith("; send it later with: python cli.py track run --to Good")
 
 
+def test_a_group_that_cannot_be_killed_any_more_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Darwin one of zombies only can't be signalled."""
+    run = TrackedRun(tmp_path / "run")
+    monkeypatch.setitem(KINDS, "Gone", TrackerKind("no.such:place", ()))
+    sender = TrackerProcess(run.folder, "Gone", on_change=lambda one: None, lock_seconds=0)
+    until(lambda: sender.has_ended)
+    assert sender._process.returncode == 1  # it was waited for
+
+    def refuse(group: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    sender.kill("did not end in time")
+
+
+@pytest.mark.usefixtures("broken")
+def test_half_a_line_of_a_killed_process_is_not_taken_for_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    run = TrackedRun(tmp_path / "run")
+    run.records(0)
+    monkeypatch.setattr(sys, "executable", "/bin/echo")  # prints its arguments and ends with 0
+    assert track(Path("run"), to=["Good"], console=console) == 1
+    assert "Good: its process ended with 0" in text_of(console)
+
+
 def test_a_package_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, "mlflow", TrackerKind("x:y", (("no-such-mlflow", "nor-this"), ("no-such-alchemy",))))
     with pytest.raises(UserError) as caught:
@@ -353,3 +439,7 @@ def test_a_package_that_is_not_there_is_named_with_its_extra(monkeypatch: pytest
         "log.trackers: mlflow needs no-such-mlflow and no-such-alchemy, which are not installed"
     )
     assert caught.value.hint == 'pip install -e ".[mlflow]", or leave mlflow out of log.trackers'
+    with pytest.raises(UserError) as caught:
+        check_installed(["mlflow"], said_by="--to")
+    assert caught.value.what.startswith("--to: mlflow needs no-such-mlflow")
+    assert caught.value.hint == 'pip install -e ".[mlflow]", or leave mlflow out of --to'

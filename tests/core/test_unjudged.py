@@ -16,10 +16,11 @@ from core.checkpoint import Checkpointer
 from core.config import DataConfig, RunConfig
 from core.errors import NonFiniteLossError
 from core.journal import Journal
+from core.progress import Progress
 from core.protocols import Batch
 from core.row_losses import read_row_losses
 from core.schedule import Plan
-from core.trainer import Progress, Status, Trainer
+from core.trainer import Status, Trainer
 from core.verdict import summarize, verdict_lines
 from tests.fakes import NAME, FakeData, FakeLearner, SilentScreen
 

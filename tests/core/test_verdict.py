@@ -12,9 +12,9 @@ import pytest
 from core.config import GuardConfig, RunConfig
 from core.early_stopping import EarlyStopping
 from core.overfitting import Gap, grade_of
+from core.progress import Progress
 from core.schedule import Plan
-from core.trainer import Progress
-from core.verdict import summarize, verdict_lines
+from core.verdict import next_command, summarize, verdict_lines
 
 # as others read it
 SUMMARY_FIELDS = {
@@ -142,6 +142,17 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
     lines = lines_of("interrupted")
     assert "interrupted at 50 of 60" in lines[1]
     assert lines[-1] == "  continue  python cli.py train --resume runs/x"
+
+
+def test_commands_can_be_typed_whatever_the_folder_is_called() -> None:
+    folder = Path("runs/my run")
+    assert next_command(folder, is_judged=True) == "python cli.py evaluate 'runs/my run'"
+    assert next_command(folder, is_judged=False) == "python cli.py generate 'runs/my run' --prompt \"…\""
+    go_on = "  continue  python cli.py train --resume 'runs/my run'"
+    for gap in (BEST, None):
+        stopped = summary_of("interrupted", best_gap=gap) | {"base_gap": None}
+        for summary in (stopped, stopped | {"not_judged": "every row was trained on"}):
+            assert verdict_lines(summary, gap=gap, guard=GuardConfig(), folder=folder, next_command="")[-1] == go_on
 
 
 def test_interrupted_before_the_first_evaluation() -> None:

@@ -46,13 +46,24 @@ def tokens() -> list[str]:
     return [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merged]
 
 
-def write_tiny_gguf(path: Path, *, tied: bool = True, **changes: Any) -> TinyGguf:
-    """Writes the file. `changes`: metadata keys (dots as __) to override; None leaves one out."""
+def write_tiny_gguf(
+    path: Path, *, tied: bool = True, largest: float | None = None, q8_0: bool = False, **changes: Any
+) -> TinyGguf:
+    """Writes the file. `changes`: metadata keys (dots as __) to override; None leaves one out.
+
+    Args:
+        largest: uniform weights up to this one, which each block of 32 holds, in place of normal ones.
+        q8_0: matrices are quantised, by the gguf package.
+    """
     rng = np.random.default_rng(0)
 
     def matrix(*shape: int) -> np.ndarray:
         # Values that float16 holds exactly, so that the way there and back must be exact.
-        return (rng.standard_normal(shape) * 0.1).astype(np.float16).astype(np.float32)
+        if largest is None:
+            return (rng.standard_normal(shape) * 0.1).astype(np.float16).astype(np.float32)
+        values = rng.uniform(-largest, largest, shape)
+        values[..., ::32] = largest
+        return values.astype(np.float16).astype(np.float32)
 
     vocabulary = tokens()
     weights = {"model.embed_tokens.weight": matrix(len(vocabulary), HIDDEN)}
@@ -62,7 +73,7 @@ def write_tiny_gguf(path: Path, *, tied: bool = True, **changes: Any) -> TinyGgu
     weights["model.norm.weight"] = stored["output_norm.weight"] = matrix(HIDDEN)
     if not tied:
         weights["lm_head.weight"] = stored["output.weight"] = matrix(len(vocabulary), HIDDEN)
-    _write(path, stored, vocabulary, changes)
+    _write(path, stored, vocabulary, changes, q8_0=q8_0)
     return TinyGguf(path, weights)
 
 
@@ -87,7 +98,9 @@ def _add_block(layer: int, matrix: Any, weights: dict[str, np.ndarray], stored: 
         stored[f"blk.{layer}.{gguf_name}.weight"] = kept
 
 
-def _write(path: Path, stored: dict[str, np.ndarray], vocabulary: list[str], changes: dict[str, Any]) -> None:
+def _write(
+    path: Path, stored: dict[str, np.ndarray], vocabulary: list[str], changes: dict[str, Any], *, q8_0: bool
+) -> None:
     import gguf
 
     metadata: dict[str, Any] = {
@@ -119,7 +132,11 @@ def _write(path: Path, stored: dict[str, np.ndarray], vocabulary: list[str], cha
         if value is not None:
             adders[type(value)](key, value)
     for name, values in stored.items():
-        writer.add_tensor(name, values)
+        if q8_0 and values.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

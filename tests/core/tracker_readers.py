@@ -19,6 +19,8 @@ class Reader:
 
     def __init__(self, server: WandbServer) -> None:
         self.server = server
+        self._trackio_runs: list[Any] | None = None
+        """Of the one project that is read: a process for it takes a second."""
 
     def read(self, name: str, run: TrackedRun) -> tuple[dict[str, list[tuple[int, float]]], dict[str, Any]]:
         """Metric -> steps and values, in the library's order; and settings, summary and pictures as it has them."""
@@ -61,15 +63,17 @@ class Reader:
 
     def _trackio(self, run: TrackedRun) -> Any:
         code = (
-            "import json, sys, trackio\nfrom trackio.sqlite_storage import SQLiteStorage\n"
-            "(run,) = [run for run in trackio.Api().runs('twinkeel') if run.name.startswith(sys.argv[1])]\n"
-            "logs = SQLiteStorage.get_logs('twinkeel', run.name, run_id=run.id)\n"
-            "print(json.dumps([run.config, logs], default=str))"
+            "import json, trackio\nfrom trackio.sqlite_storage import SQLiteStorage\n"
+            "logs = lambda run: SQLiteStorage.get_logs('twinkeel', run.name, run_id=run.id)\n"
+            "found = [[run.name, run.config, logs(run)] for run in trackio.Api().runs('twinkeel')]\n"
+            "print(json.dumps(found, default=str))"
         )
-        environment = {**os.environ, "TRACKIO_DIR": str(run.folder.parent / "trackio")}
-        command = [sys.executable, "-c", code, name_of(run)]
-        out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        config, logs = json.loads(out.stdout)
+        if self._trackio_runs is None:
+            environment = {**os.environ, "TRACKIO_DIR": str(run.folder.parent / "trackio")}
+            command = [sys.executable, "-c", code]
+            out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            self._trackio_runs = json.loads(out.stdout)
+        ((_, config, logs),) = [one for one in self._trackio_runs if one[0].startswith(name_of(run))]
         assert config["_Group"] == "cv"
         scalars: dict[str, list[tuple[int, float]]] = {}
         for log in logs:
