@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from core.after_commands import add_after_commands, whole_number
 from core.data_commands import add_data_commands
@@ -215,9 +215,16 @@ def doctor(args: argparse.Namespace) -> int:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line and where help is, as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"error: {message}\n       see: {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python cli.py",
         description="LoRA fine-tuning on MLX and PyTorch, with an honest answer to: learning or memorising?",
         epilog="Start with: python cli.py train --preset quickstart",

@@ -23,21 +23,23 @@ def evaluate(args: argparse.Namespace) -> int:
     from core.screen import make_console
     from core.workflow.evaluate import EvaluateOptions, evaluate
 
+    limits = {name: getattr(args, name) for name in ("max_gap", "min_gain", "max_forgotten")}
+    given = {name: value for name, value in limits.items() if value is not None}
+    gate = args.gate or bool(given)  # a limit is a question
     options = EvaluateOptions(
         data=args.data,
+        settings=tuple(args.assignments),
         split=args.split,
         max_samples=args.max_samples,
         generate=args.generate,
         text_scores=args.text_scores,
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
-        general=args.general or args.gate,
-        gate=args.gate,
-        max_gap=args.max_gap,
-        min_gain=args.min_gain,
-        max_forgotten=args.max_forgotten,
+        general=args.general or gate,
+        gate=gate,
         output=args.output,
         anew=args.anew,
+        **given,
     )
     return evaluate(_run(args), options, flags=_flags(args), console=make_console())
 
@@ -45,9 +47,12 @@ def evaluate(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """What differs between runs: settings, losses, gap, time, memory, answers."""
     from core.comparison.compare import compare
+    from core.errors import UserError
     from core.run import existing_run
     from core.screen import make_console
 
+    if args.json and args.output is not None:
+        raise UserError("--json writes nothing, so --output has no effect", hint="leave one of them out")
     folders = [existing_run(path) for path in args.runs]
     return compare(folders, output=args.output, as_json=args.json, console=make_console())
 
@@ -183,6 +188,9 @@ def _add_evaluate(commands: Any) -> None:
     command = commands.add_parser("evaluate", help="base model and adapter on held-out rows; keep it or not")
     _add_run(command)
     command.add_argument("--data", metavar="PATH", help="other rows: file, folder or hub id (default: the run's)")
+    command.add_argument(
+        "--set", action="append", default=[], dest="assignments", metavar="data.FIELD=VALUE", help="how --data is read"
+    )
     command.add_argument("--split", choices=SPLITS, help="rows of the run's data (default: test, else validation)")
     command.add_argument("--max-samples", type=_count, metavar="N", help="at most so many rows, the same each time")
     answers = command.add_mutually_exclusive_group()
@@ -193,18 +201,18 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--text-scores", action="store_true", help="exact match and ROUGE-L of the answers")
     command.add_argument("--max-tokens", type=_count, default=256, metavar="N", help="of an answer; default: 256")
     command.add_argument("--batch-size", type=_count, metavar="N", help="rows at a time (default: by their length)")
-    command.add_argument("--general", action="store_true", help="what it did to everything else: 200 shipped texts")
+    command.add_argument("--general", action="store_true", help="what it did to everything else: shipped texts")
     command.add_argument("--gate", action="store_true", help="keep it or not: exit code 0 or 3")
     command.add_argument(
         "--max-gap", type=_number, metavar="NATS", help="gate: largest gap (default: the bound of GOOD, 0.15)"
     )
+    command.add_argument("--min-gain", type=_number, metavar="NATS", help="gate: least fall of the loss; default: 0")
     command.add_argument(
-        "--min-gain", type=_number, default=0.0, metavar="NATS", help="gate: least fall of the loss; default: 0"
+        "--max-forgotten", type=_number, metavar="NATS", help="gate: largest rise elsewhere; default: 0.1"
     )
     command.add_argument(
-        "--max-forgotten", type=_number, default=0.1, metavar="NATS", help="gate: largest rise elsewhere; default: 0.1"
+        "--output", metavar="DIR", help="default: evaluation/ in the run folder; of other rows evaluation-…/"
     )
-    command.add_argument("--output", metavar="DIR", help="default: evaluation/ in the run folder")
     command.add_argument("--anew", action="store_true", help="do again what an earlier evaluation has done")
     _add_where(command)
     command.set_defaults(run_command=evaluate)

@@ -398,7 +398,7 @@ class Session:
             f"{count(self._learner.num_trainable)} of {count(self._learner.num_parameters)} parameters",
             f"  weights  {census.line(self._census)}",
             *self._prefix_lines(),
-            f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows · "
+            f"  data     {data.name} · {data.num_train_rows} + {data.num_val_rows} rows{self._test_rows()} · "
             f"{count(data.num_targets)} target tokens an epoch · {100 * data.padding:.1f} % padding",
             f"  plan     {self._plan.total_steps} steps of {self._step_size()}, "
             f"{self._epochs()}{self._schedule()} · watch it with: python cli.py monitor{self._named()}",
@@ -426,6 +426,9 @@ class Session:
             f"  frozen   {prefix.layers} of {self._job.adapter.num_layers} layers computed once for {prefix.rows} rows "
             f"({_size(prefix.bytes)}): {100 * prefix.spared:.0f} % of their work spared"
         ]
+
+    def _test_rows(self) -> str:
+        return f", {num} for testing" if (num := self._job.data.num_test_rows) else ""
 
     def _epochs(self) -> str:
         epochs = self._plan.total_steps / self._plan.steps_per_epoch

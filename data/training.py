@@ -36,6 +36,7 @@ class RunData:
         self.fingerprint = prepared.fingerprint
         self.num_train_rows = len(prepared.train)
         self.num_val_rows = len(prepared.validation)
+        self.num_test_rows = len(prepared.test)
         if self._limit.rows is not None and self._limit.rows > self.num_train_rows:
             raise UserError(
                 f"train.batch_size {self._limit.rows} is more than the {self.num_train_rows} training rows",

@@ -188,7 +188,8 @@ def without_common(texts: Sequence[str]) -> list[str]:
     start = next((at for at, one in enumerate(differs) if one), 0)
     ends = [len({some[-at] for some in words}) > 1 for at in range(1, shortest - start)]
     end = next((at for at, one in enumerate(ends) if one), len(ends))
-    return [" ".join(some[start : len(some) - end]) for some in words]
+    before, after = "… " * bool(start), " …" * bool(end)
+    return [before + " ".join(some[start : len(some) - end]) + after for some in words]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from core.config import RunConfig
+from core.config import DataConfig, RunConfig
 from core.errors import UserError
 from core.evaluation.bootstrap import BETTER
 from core.evaluation.classification import Classification, classify
@@ -41,9 +41,10 @@ from core.gate import Decision, Gate, decide
 from core.general import GeneralReport
 from core.models.fingerprint import model_fingerprint
 from core.protocols import Batch
-from core.run import SUMMARY, NewFolder
+from core.run import CONFIG, SUMMARY, NewFolder
 from core.screen import logging_to
 from core.seeding import generator
+from core.settings import resolve
 from core.signals import termination_as_interrupt
 from core.workflow.after import SIDES, Flags, OpenedRun, Side, TrainedRun, find_trained, opened_run
 from core.workflow.answering import answer_rows, answers_there, losses_there, measure_losses
@@ -67,6 +68,8 @@ class EvaluateOptions:
     """What was asked for, as typed."""
 
     data: str | None = None
+    settings: tuple[str, ...] = ()
+    """`data.FIELD=VALUE`: how the rows of `data` are read."""
     split: str | None = None
     max_samples: int | None = None
     generate: bool | None = None
@@ -105,6 +108,9 @@ def command_of(folder: Path, options: EvaluateOptions, flags: Flags) -> str:
     words = ["python", "cli.py", "evaluate", str(folder)]
     for name in EvaluateOptions.__dataclass_fields__:
         value = getattr(options, name)
+        if name == "settings":
+            words += [word for text in options.settings for word in ("--set", text)]
+            continue
         if name == "anew" or value == getattr(default, name) or (name == "general" and options.gate):
             continue
         flag = "--" + name.replace("_", "-")
@@ -176,7 +182,8 @@ def _plan(folder: Path, options: EvaluateOptions, flags: Flags) -> _Plan:
     assert weights is not None  # they were just read
     config = run.config
     seed = config.train.seed
-    held_out = find_rows(run, data=options.data, split=options.split).at_most(options.max_samples, seed=seed)
+    held_out = find_rows(run, data=options.data, split=options.split, reading=_reading(run, options))
+    held_out = held_out.at_most(options.max_samples, seed=seed)
     if options.gate and held_out.split == "train" and held_out.trained_on.all():
         raise UserError("--gate needs rows that were not trained on", hint="leave out --split train")
     tokenizer = load_tokenizer(run.model.path, trust_remote_code=config.model.trust_remote_code)
@@ -204,6 +211,20 @@ def _plan(folder: Path, options: EvaluateOptions, flags: Flags) -> _Plan:
         generates=bool(options.generate or options.text_scores or scheme is not None),
         limit=limit,
     )
+
+
+def _reading(run: TrainedRun, options: EvaluateOptions) -> DataConfig | None:
+    """The settings of `--set`, on the run's. Raises: UserError: they are not of the data, or there is no `--data`."""
+    if not options.settings:
+        return None
+    others = [text for text in options.settings if not text.strip().startswith("data.")]
+    if others:
+        raise UserError(
+            f"--set {others[0]}: only data.… can be set here", hint="it says how the rows of --data are read"
+        )
+    if options.data is None:
+        raise UserError("--set says how the rows of --data are read, and there is no --data", hint="give both")
+    return resolve(files=[run.folder / CONFIG], assignments=options.settings).config.data
 
 
 def _read_some(held_out: HeldOut, tokenizer: Tokenizer, *, seed: int) -> list[AskedRow]:
@@ -241,7 +262,7 @@ def _limit(config: RunConfig, options: EvaluateOptions) -> Limit:
 
 def _evaluate(folder: Path, options: EvaluateOptions, flags: Flags, console: Console) -> int:
     plan = _plan(folder, options, flags)
-    output = Path(options.output) if options.output else plan.run.folder / FOLDER
+    output = Path(options.output) if options.output else _default_output(plan)
     _refuse_other(output)
     _say_plan(plan)
     names = [journal_name("losses", plan.losses_key), journal_name("answers", plan.answers_key)]
@@ -277,6 +298,12 @@ def _evaluate(folder: Path, options: EvaluateOptions, flags: Flags, console: Con
         next_command=_next(plan.run.folder, evaluation, decision),
     )
     return 0 if decision is None else decision.exit_code
+
+
+def _default_output(plan: _Plan) -> Path:
+    """`compare`, `report` and `push` read the evaluation of all rows that were held out; others lie beside it."""
+    label = plan.held_out.label
+    return plan.run.folder / (f"{FOLDER}-{label}" if label else FOLDER)
 
 
 def _refuse_other(output: Path) -> None:

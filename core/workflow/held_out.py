@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -51,6 +52,8 @@ class HeldOut:
     """bool [N]: rows of which it is known that they were trained on."""
     known: TokenRows
     """All rows of the data, whatever their split: they show which answers there are."""
+    label: str = ""
+    """Names these rows where they are not those that are meant when nothing is said."""
 
     @property
     def num_trained_on(self) -> int:
@@ -62,21 +65,23 @@ class HeldOut:
             return self
         chosen = np.sort(generator(seed, "evaluation-rows").choice(len(self.rows), max_rows, replace=False))
         rows = self.rows.select(chosen).renumbered()
-        return replace(self, rows=rows, numbers=self.numbers[chosen], trained_on=self.trained_on[chosen])
+        label = f"{self.label}-{max_rows}-rows".strip("-")
+        return replace(self, rows=rows, numbers=self.numbers[chosen], trained_on=self.trained_on[chosen], label=label)
 
 
-def find_rows(run: TrainedRun, *, data: str | None, split: str | None) -> HeldOut:
+def find_rows(run: TrainedRun, *, data: str | None, split: str | None, reading: DataConfig | None = None) -> HeldOut:
     """The rows that are asked for: of the run's data the test split, else those for validation.
 
     Args:
         data: rows of another file, folder or hub data set: all, unless it brings a test or a validation split. The
             run's own data from another place is split as the run has split it.
         split: which rows instead.
+        reading: how the rows of `data` are read (default: as the run's, as far as they have its columns).
 
     Raises:
         UserError: no such data, no such rows, or all of them were trained on.
     """
-    held_out = _own(run, split) if data is None else _given(run, data, split)
+    held_out = _own(run, split) if data is None else _given(run, data, split, reading)
     largest = held_out.rows.largest_id
     if largest >= run.architecture.vocab_size:
         raise UserError(
@@ -140,6 +145,7 @@ def _of_prepared(
         notes=tuple(notes),
         trained_on=np.full(len(rows), name == "train"),
         known=reduce(TokenRows.followed_by, parts.values()),
+        label="" if name == fallback else name,
     )
 
 
@@ -152,12 +158,14 @@ def _doubts(split: str, *, is_chosen: bool) -> list[str]:
     return []
 
 
-def _given(run: TrainedRun, path: str, split: str | None) -> HeldOut:
+def _given(run: TrainedRun, path: str, split: str | None, reading: DataConfig | None) -> HeldOut:
     """Rows of other data; or the run's own, found somewhere else."""
     found = find_data(path)
-    config = run.config.data.model_copy(update={"path": found})
     written = _written_split(run.folder)
-    config = _with_columns_there(config)
+    if reading is None:
+        config = _with_columns_there(run.config.data.model_copy(update={"path": found}))
+    else:
+        config = reading.model_copy(update={"path": found, "group": None})
     tokenised = _tokenise(run, config)
     if written is not None and (moved := _moved(run, tokenised, config, written)) is not None:
         _log.info("%s is the data of the run: split as the run has split it", path)
@@ -187,12 +195,21 @@ def _given(run: TrainedRun, path: str, split: str | None) -> HeldOut:
         notes=tuple(_said_of(trained_on)),
         trained_on=trained_on,
         known=reduce(TokenRows.followed_by, parts.values()),
+        label="-".join([_word(tokenised.name), *([name] if split is not None else [])]),
     )
 
 
+def _word(name: str) -> str:
+    """For a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name.split(".")[0]).strip("-") or "data"
+
+
 def _with_columns_there(config: DataConfig) -> DataConfig:
-    """Without what other data need not have: columns for splitting, which it is not."""
+    """Without what other data need not have: columns for splitting, which it is not, and the run's column names."""
     update: dict[str, object] = {"group": None}
+    if config.fields and not any(has_column(config.path, column) for column in config.fields.values()):
+        _log.info("%s has none of the columns of data.fields: read by its own names", config.path)
+        update["fields"] = {}
     if config.stratify is not None and not has_column(config.path, config.stratify):
         _log.info("%s has no column %s (data.stratify)", config.path, config.stratify)
         update["stratify"] = None

@@ -147,7 +147,7 @@ def test_the_screen_says_the_verdict_first_and_fits(width: int) -> None:
     assert max(map(len, lines)) <= width
     assert lines[2] == "No difference that these rows could show: F1 0.333 → 1.000 on 8 test rows"  # 4 rows differ
     assert any("7 better, 1 worse" in line and "(8 of 20)" in line for line in lines)
-    assert any(line.startswith("  got worst  moods.jsonl:1  +0.250  0,") for line in lines)
+    assert any(line.startswith("  got worst  moods.jsonl:1  +0.250  … 0,") for line in lines)
     assert lines[-1].endswith("python cli.py merge x") and any("Keep it: so" in line for line in lines)
 
 
@@ -158,10 +158,10 @@ def test_excerpts() -> None:
 
 def test_what_all_questions_repeat_is_left_out() -> None:
     texts = ["Premise: One dog. Answer with JSON.", "Premise: Two tall cats. Answer with JSON."]
-    assert without_common(texts) == ["One dog.", "Two tall cats."]
+    assert without_common(texts) == ["… One dog. …", "… Two tall cats. …"]
     assert without_common(["same words", "same words"]) == ["same words", "same words"]
     assert without_common(["a b", "a b c"]) == ["a b", "a b c"]
-    assert without_common(["The dog is here", "The cat is here"]) == ["dog", "cat"]
+    assert without_common(["The dog is here", "The cat is here"]) == ["… dog …", "… cat …"]
     assert without_common([]) == [] and without_common(["one"]) == ["one"]
 
 
