@@ -19,8 +19,7 @@ from core.checkpoint import FOLDER as CHECKPOINTS
 from core.checkpoint import TRAINER
 from core.config import RunConfig
 from core.errors import UserError
-from core.evaluation.report import FOLDER as EVALUATION_FOLDER
-from core.evaluation.report import REPORT as EVALUATION_REPORT
+from core.evaluation.report import read_evaluation_of
 from core.files import read_json
 from core.folds import run_with_adapter
 from core.merging.folder import REPORT as MERGE_REPORT
@@ -51,9 +50,6 @@ from core.run import ADAPTERS, CONFIG, CURVES, EXPERTS_PLOT, SPLIT, SUMMARY, is_
 from core.screen import logging_to, wrapped
 from core.settings import load_config
 
-EVALUATION = Path(EVALUATION_FOLDER) / EVALUATION_REPORT
-_CLOCK = 1.0
-"""Seconds by which the times of files may be off."""
 _log = logging.getLogger("twinkeel")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
@@ -219,15 +215,10 @@ def _data(folder: Path, config: RunConfig) -> tuple[str, str | None]:
 
 def _evaluation(folder: Path) -> object:
     """The report; None where there is none of this adapter."""
-    report, weights = folder / EVALUATION, folder / ADAPTERS / PEFT_WEIGHTS
-    if not report.is_file() or not weights.is_file():
-        return None
-    if report.stat().st_mtime + _CLOCK < weights.stat().st_mtime:
-        _log.warning(
-            "the evaluation is older than the adapter and is left out; again: python cli.py evaluate %s", folder
-        )
-        return None
-    return read_json(report)
+    found = read_evaluation_of(folder)
+    if found.note is not None:
+        _log.warning(found.note)
+    return found.report
 
 
 def _merge_report(merged: Path, folder: Path) -> Mapping[str, Any] | None:

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file
 import cli
 from core.adapter_files import find_adapter
 from core.architecture import read_architecture
+from core.evaluation.report import adapter_sha256
 from core.folds import FINAL
 from core.run import RunLock
 from tests.cli.conftest import COLOURS, Result, write_rows
@@ -69,7 +70,8 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     assert done == 0
     report = home / "run" / "evaluation" / "evaluation_report.json"
     report.parent.mkdir()
-    report.write_text(json.dumps(EVALUATION | {"run": str(home / "run"), "model": str(model)}))
+    made = {"run": str(home / "run"), "model": str(model), "adapter_sha256": adapter_sha256(home / "run")}
+    report.write_text(json.dumps(EVALUATION | made))
     return Trained(home, home / "run", model)
 
 
@@ -403,9 +405,9 @@ def test_a_base_model_that_is_a_folder_is_warned_of(
 def test_an_evaluation_of_an_earlier_adapter_is_left_out(push: Push, trained: Trained) -> None:
     assert "## Evaluation" in push("--dry-run").out
     report = trained.run / "evaluation" / "evaluation_report.json"
-    os.utime(report, (1e9, 1e9))
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"adapter_sha256": "0" * 64}))
     result = push("--dry-run")
-    assert "warning: the evaluation is older than the adapter" in result.out and "## Evaluation" not in result.out
+    assert "warning: the evaluation is of an earlier adapter" in result.out and "## Evaluation" not in result.out
 
 
 def test_folds_are_pushed_by_the_run_on_all_rows(push: Push, trained: Trained, run_cli: Callable[..., Result]) -> None:
