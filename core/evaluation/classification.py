@@ -69,9 +69,22 @@ class Classification:
     def verdict(self) -> Verdict:
         return self.difference.verdict
 
+    @property
+    def most_frequent(self) -> tuple[str, float]:
+        """The label that most rows have, and their share: the accuracy of one who always says it."""
+        label, scores = max(self.adapter.per_class.items(), key=lambda item: item[1]["support"])
+        return label, scores["support"] / self.num_rows
+
+    @property
+    def is_guessing(self) -> bool:
+        """Whether the adapter's accuracy is no better than that."""
+        return self.adapter.accuracy <= self.most_frequent[1]
+
     def to_dict(self) -> dict[str, Any]:
         is_json = self.scheme.is_json
+        label, share = self.most_frequent
         return {
+            "most_frequent": {"label": label, "share": share},
             "labels": list(self.scheme.labels),
             "key": self.scheme.key,
             "num_rows": self.num_rows,

@@ -39,7 +39,7 @@ def print_evaluation(
     _print(headline(evaluation), console, style=_STYLES.get(evaluation.verdict, ""))
     if evaluation.losses.verdict != evaluation.verdict:
         _print(f"  by loss    {evaluation.losses.verdict}", console)
-    for note in evaluation.notes:
+    for note in (*evaluation.notes, *_guessing(evaluation)):
         _print(f"  note       {note}", console)
     console.print()
     console.print(_table(list(_lines(evaluation))))
@@ -54,6 +54,14 @@ def print_evaluation(
         _print(f"  gate       {gate}", console)
     _print(f"  report     {folder}   (report, rows, plots)", console)
     _print(f"  next       {next_command}", console)
+
+
+def _guessing(evaluation: Evaluation) -> Iterator[str]:
+    """That a gain in F1 may come from answering at all."""
+    scores = evaluation.classification
+    if scores is not None and not evaluation.is_unreadable and scores.is_guessing:
+        label, share = scores.most_frequent
+        yield f"accuracy {scores.adapter.accuracy:.3f} is no better than always answering {label} ({share:.3f})"
 
 
 def headline(evaluation: Evaluation) -> str:

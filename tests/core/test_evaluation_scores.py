@@ -10,7 +10,7 @@ import pytest
 from core.errors import NonFiniteLossError
 from core.evaluation.bootstrap import BETTER, NO_DIFFERENCE, NUM_RESAMPLES, WORSE, Difference, p_value_of, resamples
 from core.evaluation.classification import classify, macro_f1
-from core.evaluation.labels import LabelScheme, Reading
+from core.evaluation.labels import LabelScheme, Reading, find_scheme
 from core.evaluation.losses import pair_losses, perplexity
 from core.evaluation.text_scores import Words, exact_match, rouge_l, score_texts
 
@@ -230,3 +230,15 @@ def test_text_scores_of_both_sides() -> None:
     assert scores.exact_match[0].value == 0.0 and scores.exact_match[1].value == 1.0
     assert scores.rouge_difference.value == pytest.approx(1.0) and scores.rouge_difference.verdict == BETTER
     assert scores.to_dict()["base"]["rouge_l"] == 0.0
+
+
+def test_an_accuracy_is_held_against_always_saying_the_most_frequent_label() -> None:
+    scheme = find_scheme(["yes", "no"] * 5, [None] * 10, ["Is it?"] * 10)
+    assert scheme is not None
+    expected = ["yes"] * 6 + ["no"] * 4
+    read = [scheme.read(text) for text in (*["yes"] * 6, *["yes"] * 4)]
+    always = classify(scheme, expected, read, read, seed=0, confidence=0.95)
+    assert always.most_frequent == ("yes", 0.6) and always.is_guessing
+    better = classify(scheme, expected, read, [*read[:9], scheme.read("no")], seed=0, confidence=0.95)
+    assert better.adapter.accuracy == pytest.approx(0.7) and not better.is_guessing
+    assert better.to_dict()["most_frequent"] == {"label": "yes", "share": 0.6}
