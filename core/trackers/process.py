@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,10 +94,12 @@ class TrackerProcess:
         self.heard = time.monotonic()
         """When it last said something."""
         self._on_change = on_change
+        # the libraries leave their temporary files behind, some even when they end well
+        self._scratch = tempfile.mkdtemp(prefix="twinkeel-")
         numbers = (str(lock_seconds), str(ORPHAN_SECONDS), str(NICENESS))
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "core.trackers.worker", str(folder), name, KINDS[name].place, *numbers],
-            env=for_worker(),
+            env=for_worker() | {"TMPDIR": self._scratch},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -115,6 +119,7 @@ class TrackerProcess:
                     self._take(json.loads(line))
         finally:
             code = self._process.wait()
+            shutil.rmtree(self._scratch, ignore_errors=True)
         if not progress.is_done and progress.error is None:
             progress.error = f"its process ended with {code if code >= 0 else signal.Signals(-code).name}"
             self._on_change(self)
