@@ -242,6 +242,8 @@ class Session:
         write_summary(self._folder, summary)
         write_training_curves(self._folder)
         write_expert_plot(self._folder)
+        rows = describe_rows(self._folder)
+        # last of all that touches a file: a run that says it is over has nothing left to do
         self._state.update(status=status, phase="ended", elapsed_seconds=summary["wall_seconds"])
         lines = verdict_lines(
             summary,
@@ -249,7 +251,7 @@ class Session:
             guard=self._config.guard,
             folder=self._folder,
             next_command=next_command(self._folder, is_judged=self._trainer.is_judged),
-            rows=describe_rows(self._folder),
+            rows=rows,
         )
         for line in ["", *lines]:
             _log.info(line)

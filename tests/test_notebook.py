@@ -17,6 +17,7 @@ MODEL = "SmolLM2-135M-Instruct"
 def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
+    monkeypatch.delenv("TWINKEEL_CACHE", raising=False)  # the user's, where the model is
     if not (cache_folder() / "models" / MODEL).is_dir():
         pytest.skip(f"{MODEL} was never used here: `make train` brings it")
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
