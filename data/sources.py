@@ -162,7 +162,7 @@ def open_source(path: str) -> Source:
     Raises:
         UserError: not found, or not of a kind that can be read.
     """
-    local = Path(path).expanduser()
+    local = _local(path)
     if local.is_dir():
         return _open_folder(local, path)
     if local.exists():
@@ -174,13 +174,21 @@ def open_source(path: str) -> Source:
     return open_hub(path)
 
 
+def _local(path: str) -> Path:
+    """The path that a person typed; `~name` of an unknown user is a name, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def source_fingerprint(path: str) -> str | None:
     """SHA-256, in hex, of the content and name of what `open_source` would read; None where that is not to be had.
 
     Raises:
         UserError: as `open_source`, for a folder or a hub data set.
     """
-    local = Path(path).expanduser()
+    local = _local(path)
     if local.is_dir():
         found = {split: _split_file(local, split) for split in SPLIT_NAMES}
         files = [file for file in found.values() if file is not None] if found["train"] else []

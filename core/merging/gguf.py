@@ -21,7 +21,7 @@ import numpy as np
 
 from core.architecture import ATTENTION, EXPERTS, MLP, ROUTER, Architecture
 from core.errors import UserError
-from core.files import read_json
+from core.files import read_json, user_path
 from core.merging.merge import matrices_of
 from core.merging.stored_weights import FLOATS, Stored, Values, WeightReader, stored_tensors
 from core.models.gguf_import import read_metadata, undo_permute
@@ -64,7 +64,7 @@ def find_converter() -> list[str]:
         UserError: there is none.
     """
     if checkout := os.environ.get(CHECKOUT):
-        script = Path(checkout).expanduser()
+        script = user_path(checkout)
         script = script / _SCRIPT if script.is_dir() else script
         if not script.is_file():
             raise UserError(f"{CHECKOUT}={checkout}: no {_SCRIPT} there", hint="name a checkout of llama.cpp")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from core.errors import UserError
+from core.files import user_path
 from core.models import hub, wheel
 from core.models.folder import check_model_folder, count_parameters
 from core.models.reference import QUICKSTART_MODEL, choose_reference
@@ -79,7 +80,7 @@ def _means_folder(path: str) -> bool:
 
 
 def _from_folder(path: str) -> ResolvedModel:
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         what = f"no such model folder: {path}"
         if folder.is_file():

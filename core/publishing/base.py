@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from core.errors import UserError
-from core.files import read_json
+from core.files import read_json, user_path
 from core.models.fingerprint import model_fingerprint
 from core.models.hub import cached_snapshot
 from core.models.reference import QUICKSTART_MODEL, original_of
@@ -83,7 +83,7 @@ def published_base(path: str, *, revision: str | None, named: str | None, finger
         UserError: `named` is no hub id.
     """
     is_folder = _means_folder(path) or not is_hub_id(path)
-    base = _of_folder(Path(path).expanduser()) if is_folder else _of_hub_id(path, revision, fingerprint)
+    base = _of_folder(user_path(path)) if is_folder else _of_hub_id(path, revision, fingerprint)
     if named is not None:
         if not is_hub_id(named):
             raise UserError(f"--base-model {named}: not a hub id", hint="write OWNER/NAME, as on the model's page")

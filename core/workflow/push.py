@@ -20,7 +20,7 @@ from core.checkpoint import TRAINER
 from core.config import RunConfig
 from core.errors import UserError
 from core.evaluation.report import read_evaluation_of
-from core.files import read_json
+from core.files import read_json, user_path
 from core.folds import run_with_adapter
 from core.merging.folder import REPORT as MERGE_REPORT
 from core.models.hub import offline_requested
@@ -240,7 +240,7 @@ def _merge_report(merged: Path, folder: Path) -> Mapping[str, Any] | None:
 
 def _private_words(folder: Path, config: RunConfig) -> list[str]:
     """Texts that must be in no file: folders of this machine."""
-    paths = [folder.resolve(), Path.home(), Path(config.model.path).expanduser(), Path(config.data.path).expanduser()]
+    paths = [folder.resolve(), Path.home(), user_path(config.model.path), user_path(config.data.path)]
     # a container's home may be the root, which is in every URL
     named = [path for path in paths if path.is_absolute() and path != Path(path.anchor)]
     return [f"{path}/" if path == Path.home() else str(path) for path in named]

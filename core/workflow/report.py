@@ -16,7 +16,7 @@ from rich.text import Text
 from core.comparison.rows import data_fingerprint
 from core.config import RunConfig
 from core.errors import UserError
-from core.files import write_atomic
+from core.files import user_path, write_atomic
 from core.models import ResolvedModel, resolve_model
 from core.report.curves import Table
 from core.report.page import HEAD_LENGTH, DataSection, PageFinding, is_page, make_page
@@ -114,7 +114,7 @@ def find_run_data(report: RunReport) -> FoundData:
     if num_rows > MAX_ROWS:
         return FoundData(f"With {num_rows:,} rows, the data were not gone over again: {check}")
     path = find_data(config.data.path)
-    if Path(path).expanduser().exists():
+    if user_path(path).exists():
         return _look_again(report, path)
     with _offline_hub():
         try:

@@ -216,3 +216,8 @@ def test_unreachable_hub_data_set() -> None:
     with pytest.raises(UserError, match="no file or folder here, and the hub gave no data set") as caught:
         read("no-such-owner/no-such-set")
     assert "network" in str(caught.value.hint)
+
+
+def test_a_home_folder_of_nobody_is_a_name() -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_source("~nobody-of-this-name/rows.jsonl")
