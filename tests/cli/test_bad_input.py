@@ -93,7 +93,7 @@ BAD_SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bits": (("--bits", "5"), ("model.bits",)),
     "missing config": (("--config", "none.yaml"), ("none.yaml",)),
     "targets that match nothing": (("--set", "lora.targets=[q_prj]"), ("q_prj", "q_proj")),
-    "trackers": (("--set", "log.trackers=[wandb]"), ("log.trackers",)),
+    "trackers": (("--set", "log.trackers=[wandbb]"), ("log.trackers", "wandbb")),
 }
 
 
