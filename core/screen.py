@@ -207,11 +207,11 @@ class _ConsoleHandler(logging.Handler):
 def wrapped(text: str, width: int) -> str:
     """The text in lines of `width`, broken between words; what follows stands under the second column, if there is one.
 
-    `  model    name · backend` has its second column at 11.
+    `  model    name · backend` has its second column at 11, `  most likely   56.7 %` at 16.
     """
     lines = []
     for line in text.split("\n"):
-        start = re.match(r"\s*\S+\s{2,}|warning: |\s*", line)
+        start = re.match(r"\s{2}\S+(?: \S+)*?\s{2,}|\s*\S+\s{2,}|warning: |\s*", line)
         indent = min(len(start[0]) if start else 0, width // 3)
         lines += (
             textwrap.wrap(

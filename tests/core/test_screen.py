@@ -269,3 +269,10 @@ def test_a_terminal_gets_wrapped_lines_and_a_pipe_whole_ones() -> None:
     assert found[False] == [text]
     assert len(found[True]) == 2 and max(map(len, found[True])) <= 60
     assert " ".join(found[True]).split() == text.split()
+
+
+def test_a_line_that_is_too_long_goes_on_under_its_second_column() -> None:
+    line = "  most likely       56.7 % of the tokens are others now"
+    assert wrapped(line, 40).splitlines() == ["  most likely       56.7 % of the tokens", " " * 13 + "are others now"]
+    assert wrapped("  gate    Keep it: held-out rows gained", 30).splitlines()[1] == " " * 10 + "rows gained"
+    assert wrapped("step 5/44  epoch 0.23  loss 4.500", 24).splitlines()[1].startswith("loss")
