@@ -27,7 +27,7 @@ def shape_without_weights(shape: Mapping[str, Any]) -> PreTrainedModel:
     """The model of this shape in bfloat16, on torch's meta device."""
     import torch
 
-    from backends.cuda.model import ATTENTION
+    from backends.cuda.attention import ATTENTION
     from backends.cuda.streaming import empty_model
     from core.config import ModelConfig
 

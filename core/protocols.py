@@ -83,6 +83,19 @@ class Batch:
         """Positions without the padding."""
         return int(np.count_nonzero(self.is_token))
 
+    @property
+    def num_shared(self) -> int:
+        """Positions before the first target that hold the same tokens in all rows but fillers; 0 for a single row.
+
+        Attention is causal: as long as there is no dropout, every layer makes the same of them in all these rows.
+        """
+        real = self.is_token.any(axis=1)
+        if np.count_nonzero(real) < 2:
+            return 0
+        inputs, targets = self.inputs[real], self.targets[real]
+        stops = (inputs != inputs[0]).any(axis=0) | (targets != IGNORE).any(axis=0)
+        return int(stops.argmax())
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:

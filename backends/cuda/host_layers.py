@@ -8,7 +8,7 @@ bitsandbytes keeps the packed weight of the first pass for the backward pass.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,9 @@ from backends.cuda.halves import part_of
 from backends.cuda.memory import GPU
 from backends.cuda.nf4 import Nf4Matrix, state_on
 
+Options = Mapping[str, Any]
+"""`backends.cuda.layout.Flat.options`"""
+
 
 class HostLayers:
     """Some consecutive layers of a decoder, adapters included, which stay on the device."""
@@ -26,34 +29,36 @@ class HostLayers:
         self._device = device
         self._layers = [_HostLayer(layer, part_of(decoder, [layer]), device) for layer in layers]
 
-    def run(self, states: torch.Tensor) -> torch.Tensor:
+    def run(self, states: torch.Tensor, options: Options) -> torch.Tensor:
         """[B, T, hidden] through all layers, without a graph."""
         with torch.no_grad():
             for layer in self._layers:
-                states = layer.run(states)
+                states = layer.run(states, options)
         return states
 
-    def run_to_train(self, states: torch.Tensor) -> tuple[torch.Tensor, list[tuple[torch.Tensor, Any]]]:
+    def run_to_train(
+        self, states: torch.Tensor, options: Options
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, Any]]]:
         """As `run`, and what `backward` needs: of each layer its input, and the random state that it began with."""
         kept = []
         with torch.no_grad():
             for layer in self._layers:
                 kept.append((states, self._random_state()))
-                states = layer.run(states)
+                states = layer.run(states, options)
         return states, kept
 
-    def backward(self, kept: list[tuple[torch.Tensor, Any]], gradient: torch.Tensor) -> None:
+    def backward(self, kept: list[tuple[torch.Tensor, Any]], gradient: torch.Tensor, options: Options) -> None:
         """Adds the adapters' gradients to `.grad`.
 
         Args:
-            gradient: of the objective, with respect to what `run_to_train` returned.
+            gradient: of the objective, with respect to what `run_to_train` returned for the same `options`.
         """
         for index in reversed(range(len(self._layers))):
             states, random_state = kept.pop()
             entering = states.detach().requires_grad_(index > 0)
             self._set_random_state(random_state)
             with self._layers[index].on_device(), torch.enable_grad():
-                torch.autograd.backward(self._layers[index].part(entering), gradient)
+                torch.autograd.backward(self._layers[index].part(entering, options), gradient)
             if index > 0:
                 assert entering.grad is not None
                 gradient = entering.grad
@@ -79,13 +84,13 @@ class _HostLayer:
         ]
         self._matrices = [(module, module.packed, module.state) for module in layer.modules() if _is_packed(module)]
 
-    def part(self, states: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self._part(inputs_embeds=states, use_cache=False).last_hidden_state
+    def part(self, states: torch.Tensor, options: Options) -> torch.Tensor:
+        found: torch.Tensor = self._part(inputs_embeds=states, use_cache=False, **options).last_hidden_state
         return found
 
-    def run(self, states: torch.Tensor) -> torch.Tensor:
+    def run(self, states: torch.Tensor, options: Options) -> torch.Tensor:
         with self.on_device():
-            return self.part(states)
+            return self.part(states, options)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

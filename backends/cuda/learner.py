@@ -17,6 +17,7 @@ import torch
 
 from backends.cuda.halves import AbsentLayers, FrozenLayers, States, part_of, states_of, to_prefix
 from backends.cuda.host_layers import HostLayers
+from backends.cuda.layout import Flat, as_it_is, flatten
 from backends.cuda.loss import host_logits, summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
@@ -79,6 +80,7 @@ class CudaLearner:
         self.description = description
         self._dtype = dtype
         self._seed = config.train.seed
+        self._has_dropout = config.lora.dropout > 0
         self._optim = config.optim
         self._parameters = parameters
         self._optimizer = make_optimizer(self._parameters, config.optim, device=device)
@@ -165,26 +167,39 @@ class CudaLearner:
 
     def _backward_streamed(self, batch: Batch, layers: HostLayers) -> torch.Tensor:
         """As `_backward`, layer by layer; without a load-balancing loss, which `CudaBackend.check` sees to."""
+        flat = self._flat(batch)
         with self._autocast():
-            states, kept = layers.run_to_train(self._entering(batch))
+            states, kept = layers.run_to_train(self._entering(batch, flat), flat.options)
         # not in the same context: casts that were made without a graph would be used again
         with self._autocast():
             states.requires_grad_()
             objective, nll = summed_losses(
-                self._head, *self._gathered(batch, self._decoder.norm(states)), smoothing=self._optim.label_smoothing
+                self._head,
+                *self._gathered(batch, flat, self._decoder.norm(states)),
+                smoothing=self._optim.label_smoothing,
             )
             objective.backward()
             assert states.grad is not None
-            layers.backward(kept, states.grad)
+            layers.backward(kept, states.grad, flat.options)
         return nll
 
-    def _entering(self, batch: Batch) -> torch.Tensor:
-        """States [B, T, hidden] that enter the first layer with an adapter."""
+    def _flat(self, batch: Batch) -> Flat:
+        """The positions to compute. A mixture's batch stays as it is: its routers are watched over whole rows."""
+        if self._routers:
+            return as_it_is(batch)
+        return flatten(batch, send=self._send, share=not (self.model.training and self._has_dropout))
+
+    def _entering(self, batch: Batch, flat: Flat) -> torch.Tensor:
+        """States [*flat.shape, hidden] that enter the first layer with an adapter."""
         if batch.prefix is not None:
-            return self._to_device(states_of(batch.prefix, self._dtype))
+            states = states_of(batch.prefix, self._dtype).flatten(0, 1)[torch.from_numpy(flat.places)]
+            return self._to_device(states.unflatten(0, flat.shape))
         assert self.num_prefix_layers == 0, "a batch without its prefix, and no weights to compute it"
-        embedded: torch.Tensor = self._decoder.embed_tokens(self._send(batch.inputs))
+        embedded: torch.Tensor = self._decoder.embed_tokens(self._tokens(batch, flat))
         return embedded
+
+    def _tokens(self, batch: Batch, flat: Flat) -> torch.Tensor:
+        return self._send(batch.inputs.reshape(-1)[flat.places].reshape(flat.shape))
 
     def _aux_loss(self, batch: Batch) -> torch.Tensor:
         return self._routers.aux_loss(self._send(batch.is_token), self._routed_below(batch))
@@ -198,21 +213,23 @@ class CudaLearner:
 
     def _at_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [N, hidden] and token ids [N] of the batch's N target positions."""
+        flat = self._flat(batch)
         if self._streamed is not None:
-            return self._gathered(batch, self._decoder.norm(self._streamed.run(self._entering(batch))))
-        if batch.prefix is None:
-            assert self._is_whole, "a batch without its prefix, and no weights to compute it"
-            states = self._decoder(input_ids=self._send(batch.inputs), use_cache=False)
+            states = self._decoder.norm(self._streamed.run(self._entering(batch, flat), flat.options))
+        elif batch.prefix is not None:
+            entering = self._entering(batch, flat)
+            states = self._above(inputs_embeds=entering, use_cache=False, **flat.options).last_hidden_state
         else:
-            states = self._above(inputs_embeds=self._entering(batch), use_cache=False)
-        return self._gathered(batch, states.last_hidden_state)
+            assert self._is_whole, "a batch without its prefix, and no weights to compute it"
+            tokens = self._tokens(batch, flat)
+            states = self._decoder(input_ids=tokens, use_cache=False, **flat.options).last_hidden_state
+        return self._gathered(batch, flat, states)
 
-    def _gathered(self, batch: Batch, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of final states [B, T, hidden] those at targets, and the targets."""
-        places = target_places(batch)
+    def _gathered(self, batch: Batch, flat: Flat, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of final states [*flat.shape, hidden] those at targets, and the targets."""
         return (
-            states.flatten(0, 1).index_select(0, self._send(places)),
-            self._send(batch.targets.reshape(-1)[places]),
+            states.flatten(0, 1).index_select(0, self._send(flat.targets)),
+            self._send(batch.targets.reshape(-1)[target_places(batch)]),
         )
 
     def _send(self, array: np.ndarray) -> torch.Tensor:

@@ -29,6 +29,7 @@ from tests.backends.conftest import (
     missing_package,
     open_learner,
 )
+from tests.backends.test_shared_start import shared_batch, with_filler
 from tests.tiny import VOCAB_SIZE
 
 if missing := missing_package("cuda"):
@@ -419,3 +420,21 @@ def test_a_window_forgets_what_it_has_passed(folders: dict[str, Path], monkeypat
         one.ids[: one.ids.index(end.eos_token_id)] if end.eos_token_id in one.ids else one.ids for one in expected
     ]
     assert any(one.ended for one in found)
+
+
+# --- what is computed
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_padding_and_a_shared_start_once(llama: Path, dropout: float) -> None:
+    """Rows of 24, 17 and 20 tokens, 9 of them the same, in a batch 28 wide."""
+    learner = open_learner("cuda", llama, lora={"dropout": dropout})
+    seen: list[int] = []
+    learner.model.model.layers[0].mlp.register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0][..., 0].numel())
+    )
+    batch = with_filler(shared_batch((24, 17, 20), start=9, width=28))
+    learner.evaluate([batch])
+    learner.train_step([batch], step=1, lr=LR)
+    every = 24 + 17 + 20
+    assert seen == [every - 2 * 9, every if dropout else every - 2 * 9]

@@ -25,7 +25,7 @@ pytest.importorskip("bitsandbytes")
 from bitsandbytes.functional import dequantize_4bit  # noqa: E402
 
 from backends.cuda import packed_cache, streaming  # noqa: E402
-from backends.cuda.model import ATTENTION  # noqa: E402
+from backends.cuda.attention import ATTENTION  # noqa: E402
 from backends.cuda.nf4 import Nf4Matrix, packed_bytes  # noqa: E402
 
 NUM_EXPERTS = 8
