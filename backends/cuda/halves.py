@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from backends.cuda.routers import RouterWatch
+from backends.cuda.workers import Workers
 from core.portions import portions
 from core.protocols import Prefix, TokenArray
 
@@ -23,21 +24,39 @@ States = tuple[torch.Tensor, torch.Tensor | None]
 """Of a row: what enters the first layer with an adapter, [T, hidden]; of a mixture, `core.protocols.Prefix.routed`."""
 Send = Callable[[TokenArray], torch.Tensor]
 """Token ids to int64 on the device."""
+ROWS_AT_A_TIME = 16
+"""Rows whose states wait on the device to be read."""
 
 
 class FrozenLayers:
     """The layers below the first adapter, in memory with all others."""
 
-    def __init__(self, decoder: Any, num_layers: int) -> None:
+    def __init__(self, decoder: Any, num_layers: int, workers: Workers) -> None:
         self._part = part_of(decoder, decoder.layers[:num_layers])
         self._routers = RouterWatch(self._part)
+        self._workers = workers
 
     def run(self, rows: Sequence[TokenArray], *, send: Send) -> Iterator[States]:
-        """Of each row, token ids [T], its states. In the caller's mode and compute type."""
-        for row in rows:
-            with self._routers.watching():
-                states = self._part(input_ids=send(row[None]), use_cache=False).last_hidden_state[0]
-            yield states, self._routers.routed() if self._routers else None
+        """Of each row, token ids [T], its states. In the caller's mode and compute type.
+
+        Between one group of `ROWS_AT_A_TIME` and the next, nothing is under way.
+        """
+        if self._routers:
+            yield from (self._watched(send(row[None])) for row in rows)
+            return
+        for start in range(0, len(rows), ROWS_AT_A_TIME):
+            yield from self._workers.map(
+                lambda row: (self._states(send(row[None])), None), rows[start : start + ROWS_AT_A_TIME]
+            )
+
+    def _watched(self, tokens: torch.Tensor) -> States:
+        with self._routers.watching():
+            states = self._states(tokens)
+        return states, self._routers.routed()
+
+    def _states(self, tokens: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self._part(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        return states
 
 
 class AbsentLayers:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backends.cuda.halves import AbsentLayers, FrozenLayers, States, part_of, states_of, to_prefix
+from backends.cuda.halves import ROWS_AT_A_TIME, AbsentLayers, FrozenLayers, States, part_of, states_of, to_prefix
 from backends.cuda.host_layers import HostLayers
 from backends.cuda.layout import Flat, as_it_is, flatten
 from backends.cuda.loss import host_logits, summed_losses, token_losses, token_replay
@@ -23,6 +23,7 @@ from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
 from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
 from backends.cuda.routers import RouterWatch
+from backends.cuda.workers import Workers
 from core.adapter import split_name, trains_router
 from core.config import RunConfig
 from core.errors import UserError
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ROWS_IN_FLIGHT = 16
-"""Rows whose states wait on the device to be read, while the prefix store is filled."""
+Evaluated = tuple[Batch, torch.Tensor, torch.Tensor | None]
+"""A batch without its prefix; on the device the cross-entropy of each target, float32 [N], in row order; and of a
+mixture the tokens that each expert got, int64 [layers, experts]."""
 
 
 class CudaLearner:
@@ -90,7 +92,8 @@ class CudaLearner:
         whole: Any = model
         self._decoder, self._head = whole.model, whole.lm_head
         self.num_prefix_layers = min(split_name(name)[0] for name in parameters)
-        self._frozen = frozen or FrozenLayers(self._decoder, self.num_prefix_layers)
+        self._workers = Workers(device, mode=self._computing)
+        self._frozen = frozen or FrozenLayers(self._decoder, self.num_prefix_layers, self._workers)
         self._is_whole = frozen is None
         above = self._decoder.layers[self.num_prefix_layers :]
         self._above = part_of(self._decoder, above, norm=self._decoder.norm)
@@ -260,9 +263,8 @@ class CudaLearner:
         with self.evaluating():
             counts_so_far: torch.Tensor | None = None
             pending = []
-            for batch in batches:
-                losses, expert_tokens = self._nll(batch)
-                pending.append((replace(batch, prefix=None), losses))  # or the whole store would be in memory
+            for batch, losses, expert_tokens in self._each_nll(batches):
+                pending.append((batch, losses))
                 if expert_tokens is not None:
                     counts_so_far = expert_tokens if counts_so_far is None else counts_so_far + expert_tokens
             # device-to-host synchronisation: once, here
@@ -333,7 +335,7 @@ class CudaLearner:
     def _next_below(self, computing: Iterator[States]) -> list[States]:
         """Some rows at a time: to go into evaluation and back takes longer than a short row."""
         with self.evaluating():
-            return list(itertools.islice(computing, ROWS_IN_FLIGHT))
+            return list(itertools.islice(computing, ROWS_AT_A_TIME))
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -341,16 +343,26 @@ class CudaLearner:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            with self._computing():
                 yield
         finally:
             self.model.train(was_training)
 
-    def _nll(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """On the device: the cross-entropy of each target, float32 [N], in row order, and of a mixture the tokens that
-        each expert got, int64 [layers, experts]."""
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Within it, in this thread: no gradients, the compute type."""
+        with torch.no_grad(), self._autocast():
+            yield
+
+    def _each_nll(self, batches: Iterable[Batch]) -> Iterator[Evaluated]:
+        """The batches evaluated, in order. Watched routers and streamed layers take one at a time."""
+        one_at_a_time = self._routers or self._streamed is not None
+        return map(self._nll, batches) if one_at_a_time else self._workers.map(self._nll, batches)
+
+    def _nll(self, batch: Batch) -> Evaluated:
+        without = replace(batch, prefix=None)  # or the whole store would be in memory
         if batch.num_targets == 0:
-            return torch.empty(0), None
+            return without, torch.empty(0), None
         with self._routers.watching():
             losses = within_memory(
                 lambda: token_losses(self._head, *self._at_targets(batch)),
@@ -358,8 +370,8 @@ class CudaLearner:
                 doing=f"in an evaluation with {_extent([batch])}",
             )
         if not self._routers:
-            return losses, None
-        return losses, self._routers.expert_tokens(self._send(batch.is_token), self._routed_below(batch))
+            return without, losses, None
+        return without, losses, self._routers.expert_tokens(self._send(batch.is_token), self._routed_below(batch))
 
     # --- state
 

@@ -1,0 +1,63 @@
+"""Independent pieces of work side by side on a CPU's cores: rows to be filled in, batches to be evaluated.
+
+torch would spread each operation over the cores and wait for the slowest after each. A thread for each piece, which
+keeps its operations to itself, waits for nobody: narrow products and elementwise passes run at full speed on all cores,
+and a core that another program takes away stops one piece and not all of them. A GPU has one queue: there, one piece
+comes after the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import TypeVar
+
+import torch
+
+from backends.cuda.memory import GPU
+
+MOST = 8
+"""Pieces at a time: each holds its activations."""
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
+
+
+class Workers:
+    """As many threads as there are cores for torch; none on a GPU, or where one core is all there is."""
+
+    def __init__(self, device: torch.device, *, mode: Callable[[], AbstractContextManager[None]]) -> None:
+        """`mode`: entered around each piece. Whether gradients are wanted, say, is a matter of the thread."""
+        self._mode = mode
+        self._threads = 1 if device.type == GPU else min(torch.get_num_threads(), MOST)
+        self._cores_each = max(torch.get_num_threads() // self._threads, 1)
+
+    def map(self, function: Callable[[Piece], Done], pieces: Iterable[Piece]) -> Iterator[Done]:
+        """What `function` makes of each piece, in order; a few pieces are asked for ahead of time.
+
+        When one fails, no more are begun, and its error is raised once those under way have ended.
+        """
+        if self._threads == 1:
+            for piece in pieces:
+                with self._mode():
+                    done = function(piece)
+                yield done
+            return
+
+        def work(piece: Piece) -> Done:
+            with self._mode():
+                return function(piece)
+
+        waiting: deque[Future[Done]] = deque()
+        with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)) as pool:
+            try:
+                for piece in pieces:
+                    waiting.append(pool.submit(work, piece))
+                    if len(waiting) > self._threads:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()

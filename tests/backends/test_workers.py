@@ -1,0 +1,109 @@
+"""Pieces of work side by side on a CPU: the order, the lookahead, the errors, the mode of each thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from backends.cuda.workers import Workers  # noqa: E402
+from core.errors import OutOfMemoryError  # noqa: E402
+from tests.backends.conftest import make_batch, open_learner  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return int(request.param)
+
+
+def test_order_mode_and_threads(threads: int) -> None:
+    together = threading.Barrier(threads, timeout=30)
+
+    def work(piece: int) -> tuple[int, bool, str]:
+        if piece < threads:
+            together.wait()  # passes only if as many are under way at once
+        return piece * piece, torch.is_grad_enabled(), threading.current_thread().name
+
+    done = list(Workers(CPU, mode=without_gradients).map(work, range(9)))
+    assert [found for found, _, _ in done] == [piece * piece for piece in range(9)]
+    assert not any(has_gradients for _, has_gradients, _ in done)
+    assert len({name for _, _, name in done}) == threads
+    assert torch.is_grad_enabled()
+
+
+def test_asks_for_a_few_pieces_ahead_only(threads: int) -> None:
+    asked: list[int] = []
+
+    def pieces() -> Iterator[int]:
+        for piece in range(20):
+            asked.append(piece)
+            yield piece
+
+    results = Workers(CPU, mode=without_gradients).map(lambda piece: piece, pieces())
+    assert next(results) == 0
+    assert len(asked) <= threads + 1
+
+
+def test_an_error_ends_it_and_is_raised(threads: int) -> None:
+    begun: list[int] = []
+
+    def work(piece: int) -> int:
+        begun.append(piece)
+        if piece == 2:
+            raise ValueError("the third")
+        return piece
+
+    results = Workers(CPU, mode=without_gradients).map(work, range(50))
+    found: list[int] = []
+    with pytest.raises(ValueError, match="the third"):
+        found.extend(results)
+    assert len(begun) <= 3 + 2 * threads
+    assert threading.active_count() == 1 or not any("ThreadPool" in t.name for t in threading.enumerate())
+
+
+def test_evaluations_and_stored_states_do_not_depend_on_the_threads(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    batches = [make_batch((12, 9), seed=seed, first_row=2 * seed) for seed in range(6)]
+    rows = [batch.inputs[0] for batch in batches]
+    for count in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        learner = open_learner("cuda", folders["mistral"], lora={"frozen_fraction": 0.5, "dropout": 0.3})
+        losses = learner.evaluate(batches)
+        found.append((losses.row_ids, losses.nll, [prefix.states for prefix in learner.prefixes(rows)]))
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+    for one, other in zip(found[0][2], found[1][2], strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_no_memory_in_a_thread_is_the_same_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    learner = open_learner("cuda", folders["llama"])
+
+    def too_much(*_: Any) -> None:
+        torch.empty(2**50)
+
+    hook = learner.model.model.layers[1].register_forward_hook(too_much)
+    with pytest.raises(OutOfMemoryError, match="in an evaluation with 2 x 12 tokens"):
+        learner.evaluate([make_batch((12, 9))] * 4)
+    hook.remove()
+    assert learner.evaluate([make_batch((12, 9))]).mean > 0
+    assert learner.model.training
