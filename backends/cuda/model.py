@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from backends.cuda.attention import ATTENTION
+from backends.cuda.fused import fuse
 from backends.cuda.lora import LoraLinear, LoraPair
 from backends.cuda.moe import attach_sparse, is_sparse
 from backends.cuda.streaming import Pieces, Source, load_in_pieces
@@ -77,6 +78,7 @@ def load_base(
     base.requires_grad_(False)
     if config.bits == 4:
         _keep_quantised_for_training(base)
+    fuse(base)
     return base, pieces
 
 

@@ -112,18 +112,17 @@ def make_optimizer(
 
 
 class AdamW(Optimizer):
-    """`torch.optim.AdamW`, with bias correction; one fused kernel on a GPU."""
+    """`torch.optim.AdamW`, with bias correction, in its fused form: one pass over each tensor, one kernel on a GPU."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], config: OptimConfig) -> None:
         super().__init__(parameters, config)
-        self.is_fused = all(parameter.is_cuda for parameter in parameters.values())
         self.torch = torch.optim.AdamW(
             self.parameters.values(),
             lr=config.lr,
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            fused=True if self.is_fused else None,
+            fused=True,
         )
 
     def _in_own_precision(self, arrays: Tensors) -> Tensors:
@@ -142,9 +141,9 @@ class AdamW(Optimizer):
     def _load(self, slots: Mapping[str, Mapping[str, Array]], num_steps: int) -> None:
         fresh: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
         for name, parameter in self.parameters.items() if slots else ():
-            # torch counts the steps in a float32 tensor: on the device if fused, else on the CPU
-            place = parameter.device if self.is_fused else torch.device("cpu")
-            state: dict[str, torch.Tensor] = {"step": torch.tensor(float(num_steps), dtype=torch.float32, device=place)}
+            # torch counts the steps in a float32 tensor, which is on the device where the update is fused
+            count = torch.tensor(float(num_steps), dtype=torch.float32, device=parameter.device)
+            state: dict[str, torch.Tensor] = {"step": count}
             for slot, tensors in slots.items():
                 state[slot] = from_numpy(tensors[name], like=parameter)
             fresh[parameter] = state

@@ -21,7 +21,7 @@ from tests.backends.conftest import (
     microbatches,
     one_row,
 )
-from tests.tiny import VOCAB_SIZE
+from tests.tiny import VOCAB_SIZE, make_model
 
 # --- the model and the adapter on it
 
@@ -79,6 +79,24 @@ def test_uniform_model_loses_log_vocabulary(opened: Open, llama: Path, tmp_path:
     output = learner.train_step(microbatches(), step=1, lr=LR)
     assert float(output.loss) == pytest.approx(np.log(VOCAB_SIZE), rel=1e-6)
     assert float(output.grad_norm) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_losses_are_those_of_the_logits(opened: Open, tmp_path: Path) -> None:
+    """Of a vocabulary larger than any part of it that is looked at at one time; in float64, with NumPy."""
+    vocab_size = 5000
+    learner = opened(make_model(tmp_path / "large", vocab_size=vocab_size))
+    batch = make_batch((12, 9, 5))
+    batch.targets[0, 9:12] = (vocab_size - 1, 2047, 2048)
+    logits = learner.target_logits(batch).astype(np.float64)
+    assert logits.shape == (batch.num_targets, vocab_size)
+    is_target = batch.targets != IGNORE
+    picked = logits[np.arange(len(logits)), batch.targets[is_target]]
+    losses = np.log(np.exp(logits).sum(-1)) - picked
+    rows = np.nonzero(is_target)[0]
+    expected = np.bincount(rows, weights=losses, minlength=3)
+    np.testing.assert_allclose(learner.evaluate([batch]).nll, expected, rtol=1e-6)
+    output = learner.train_step([batch], step=1, lr=LR)
+    assert float(output.loss) == pytest.approx(losses.mean(), rel=1e-6)
 
 
 def test_base_weights_stay_unchanged(opened: Open, folders: dict[str, Path], kind: str) -> None:
