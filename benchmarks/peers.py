@@ -87,7 +87,10 @@ PEERS = {"mlx": "mlx_lm.lora", "cuda": "trl"}
 NEEDED = {"mlx": ("mlx", "mlx_lm"), "cuda": ("torch", "peft", "trl")}
 WARM = ", warm"
 """Of a tool's name: it finds what its first run left in the cache."""
-GOALS = {"nothing": {"seconds_per_step": 1.3, "run_seconds": 1.3}, "half": {"run_seconds": 2.5}}
+GOALS = {
+    "nothing": {"seconds_per_step": 1.3, "run_seconds": 1.3, "run_without_probe_seconds": 1.3},
+    "half": {"run_seconds": 2.5, "run_without_probe_seconds": 2.5},
+}
 """How many times faster than the peer."""
 FIGURES = {
     "seconds_per_step": "s / step",
@@ -175,7 +178,8 @@ def run_turn(tool: str, turn: Turn, *, scratch: Path) -> Result:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {"TWINKEEL_CACHE": str(cache), "OMP_WAIT_POLICY": "PASSIVE"}
+    # as cli.py sets it; for the peers, too, it was no slower than libgomp's own
+    return {"TWINKEEL_CACHE": str(cache), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 
 def add_final_losses(turns: Mapping[str, Sequence[Result]], turn: Turn, *, judge_on: str, scratch: Path) -> None:
@@ -284,11 +288,12 @@ def title_of(args: argparse.Namespace, report: Result, device: str) -> str:
 
 
 def goals(frozen: str, backend: str, report: Result) -> Iterable[str]:
-    """Each goal of the cold run, and whether it was reached."""
-    for figure, goal in GOALS[frozen].items():
-        ratio = report["times_faster_median"][f"twinkeel {backend}"][figure]
-        verdict = "reached" if ratio >= goal else "missed"
-        yield f"goal, {FIGURES[figure]}: {goal}x {PEERS[backend]}: {verdict} ({ratio:.2f}x)"
+    """Each goal, and whether it was reached."""
+    for tool, ratios_of_tool in report["times_faster_median"].items():
+        for figure, goal in GOALS[frozen].items():
+            ratio = ratios_of_tool[figure]
+            verdict = "reached" if ratio >= goal else "missed"
+            yield f"goal, {tool}, {FIGURES[figure]}: {goal}x {PEERS[backend]}: {verdict} ({ratio:.2f}x)"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -306,8 +311,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="so many layers of a model of random weights")
     parser.add_argument("--bits", type=int, choices=(4, 16), default=16)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--rows", type=int, default=48, help="training rows")
-    parser.add_argument("--val-rows", type=int, default=12, help="validation rows")
+    parser.add_argument("--rows", type=int, default=172, help="training rows; default: all that is shipped")
+    parser.add_argument("--val-rows", type=int, default=44, help="validation rows")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--eval-every", type=int, default=10, help="optimiser steps between evaluations")

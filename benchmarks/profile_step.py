@@ -368,7 +368,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 turn = Turn(
                     model, str(data), backend, args.device, num_batches=args.batches, repeats=args.repeats, **setup
                 )
-                environment = {"TWINKEEL_CACHE": str(Path(name) / "cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+                environment = {
+                    "TWINKEEL_CACHE": str(Path(name) / "cache"),
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "GOMP_SPINCOUNT": "2000",
+                }
                 reports[title] = in_new_process(__file__, [title, json.dumps(asdict(turn))], environment=environment)
         print(f"{Path(args.model).name}, {backend}, {about['device']}\n\n{table(reports)}\n", flush=True)
         save_part(args.output, f"{Path(args.model).name}, {backend}, {args.device}", about | {"setups": reports})
