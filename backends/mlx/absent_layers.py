@@ -6,13 +6,17 @@ backward (`model.stream_layers`). What these functions do waits for the device a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
+from backends.mlx.cores import building, map_on_cores, num_cores
+from backends.mlx.packing import Layout
 from backends.mlx.routers import Routed
 from core.portions import portions
 from core.protocols import TokenArray
@@ -32,18 +36,27 @@ def prefixes(network: Network, rows: Sequence[TokenArray]) -> Iterator[States]:
     a layer before the next one is read.
     """
     if network.read_again is None:
-        frozen = range(network.num_prefix_layers)
+        if network.packs_rows:
+            work = functools.partial(_states_of_row, network)
+            yield from map_on_cores(work, rows, count=num_cores())
+            return
         for row in rows:
-            states, routed = _below(network, network.module.layers, frozen, _embedded(network, row))
-            yield states[0], mx.stack(routed, axis=1) if routed else None
+            yield _of_row(*_below(network, network.module.layers, network.frozen, _embedded(network, row)))
         return
     for portion in portions(rows, bytes_per_token=network.module.model.norm.weight.nbytes):
         yield from _portion(network, _read_again(network), [_embedded(network, row) for row in portion])
 
 
+def _states_of_row(network: Network, row: TokenArray) -> States:
+    with building:
+        states = _of_row(*_below(network, network.module.layers, network.frozen, _embedded(network, row)))
+    mx.eval(states)
+    return states
+
+
 def _portion(network: Network, layers: list[Any], waiting: list[mx.array]) -> Iterator[States]:
     routed: list[list[mx.array]] = [[] for _ in waiting]
-    for number in range(network.num_prefix_layers):
+    for number in network.frozen:
         for index, entering in enumerate(waiting):
             waiting[index], found = _below(network, layers, [number], entering)
             routed[index] += found
@@ -51,80 +64,120 @@ def _portion(network: Network, layers: list[Any], waiting: list[mx.array]) -> It
         mx.eval(waiting, routed)
         layers[number] = None  # its weights go
     for states, found in zip(waiting, routed, strict=True):
-        yield states[0], mx.stack(found, axis=1) if found else None
+        yield _of_row(states, found)
+
+
+def _of_row(states: mx.array, routed: list[mx.array]) -> States:
+    """Of states [1, T, D], or [T, D]."""
+    return states.reshape(-1, states.shape[-1]), mx.stack(routed, axis=1) if routed else None
 
 
 def _embedded(network: Network, row: TokenArray) -> mx.array:
-    """[1, T, D]"""
-    return network.module.model.embed_tokens(mx.array(row.astype(np.int32))[None])
+    """[1, T, D]; where positions are packed, [T, D]."""
+    tokens = mx.array(row.astype(np.int32))
+    return network.module.model.embed_tokens(tokens if network.packs_rows else tokens[None])
 
 
 def _below(
     network: Network, layers: list[Any], numbers: Iterable[int], states: mx.array
 ) -> tuple[mx.array, list[mx.array]]:
     """The states after frozen layers, and of a mixture for each of these [2, experts]."""
+    if network.packs_rows:
+        layout = (0, ((1, len(states)),))
+        return network.run(numbers, states, {}, layers=layers, layout=layout)[0], []
     is_token = mx.ones(states.shape[:2], mx.float32) if network.is_mixture else None
     states, found = network.run(numbers, states, {}, layers=layers, is_token=is_token)
     return states, [mx.stack([counts, probabilities]) for counts, probabilities in found]
 
 
 def run_streamed(
-    network: Network, numbers: Iterable[int], hidden: mx.array, parameters: Arrays, *, is_token: mx.array | None
+    network: Network,
+    numbers: Iterable[int],
+    hidden: mx.array,
+    parameters: Arrays,
+    *,
+    layout: Layout | None,
+    is_token: mx.array | None,
 ) -> tuple[mx.array, list[Routed]]:
     """As `Network.run`, without a gradient."""
     layers = _read_again(network)
     routed: list[Routed] = []
     for number in numbers:
         with _filled(network, number, layers):
-            hidden, found = network.run([number], hidden, parameters, is_token=is_token)
+            hidden, found = network.run([number], hidden, parameters, layout=layout, is_token=is_token)
             mx.eval(hidden, found)
         routed += found
     return hidden, routed
 
 
+@dataclass(slots=True)
+class StreamedPart:
+    """Rows whose gradient is taken together."""
+
+    tokens: mx.array
+    layout: Layout | None
+    keys: mx.array | None
+    """These three are as of `Network.routed_states`."""
+    loss: Callable[[mx.array], tuple[mx.array, mx.array]]
+    """Of hidden states after the final norm the objective and what to report."""
+
+
 def streamed_gradients(
-    network: Network,
-    parameters: Arrays,
-    tokens: mx.array,
-    loss: Callable[[mx.array], tuple[mx.array, mx.array]],
-    *,
-    keys: mx.array | None,
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """What `loss` says, and the gradient of its objective with respect to `parameters`; a layer at a time.
+    network: Network, parameters: Arrays, parts: Sequence[StreamedPart]
+) -> list[tuple[mx.array, dict[str, mx.array]]]:
+    """What each part's `loss` says, and the gradient of its objective with respect to `parameters`; a layer at a time.
 
-    Forward, only each layer's input is kept; backward, from the last layer down, its weights are read again and its
-    gradient is taken at once. So one layer's weights and activations are in memory at a time.
-
-    Args:
-        tokens, keys: as of `Network.routed_states`.
-        loss: of hidden states [B, T, D] after the final norm the objective and what to report.
+    Forward, only each layer's inputs are kept; backward, from the last layer down, its weights are read again and its
+    gradients are taken at once. So one layer's weights and activations are in memory at a time.
     """
-    hidden, numbers = network.entering(tokens)
+    entered = [network.entering(part.tokens) for part in parts]
+    states, numbers = [hidden for hidden, _ in entered], entered[0][1]
     layers = _read_again(network)
-    entering: list[mx.array] = []
+    entering: list[list[mx.array]] = []
     for number in numbers:
-        entering.append(hidden)
+        entering.append(states)
         with _filled(network, number, layers):
-            hidden, _ = network.run([number], hidden, parameters, keys=keys)
-            mx.eval(hidden)
-    norm = network.module.model.norm
-    (_, reported), slope = mx.value_and_grad(lambda states: loss(norm(states)))(hidden)
-    mx.eval(reported, slope)
-    gradients: dict[str, mx.array] = {}
+            states = [
+                network.run([number], hidden, parameters, layout=part.layout, keys=part.keys)[0]
+                for part, hidden in zip(parts, states, strict=True)
+            ]
+            mx.eval(states)
+    reported, slopes = [], []
+    for part, hidden in zip(parts, states, strict=True):
+        (_, said), slope = mx.value_and_grad(functools.partial(_loss_of, network, part))(hidden)
+        mx.eval(said, slope)
+        reported.append(said)
+        slopes.append(slope)
+    gradients: list[dict[str, mx.array]] = [{} for _ in parts]
     layers = _read_again(network)
     for number in reversed(numbers):
-        names = network.names_of(number)
-
-        def layer(*arrays: mx.array, number: int = number, names: list[str] = names) -> list[mx.array]:
-            *own, states = arrays
-            return [network.run([number], states, dict(zip(names, own, strict=True)), keys=keys)[0]]
-
+        before = entering.pop()
         with _filled(network, number, layers):
-            _, slopes = mx.vjp(layer, [*(parameters[name] for name in names), entering.pop()], [slope])
-            mx.eval(slopes)
-        *own, slope = slopes
-        gradients |= dict(zip(names, own, strict=True))
-    return reported, {name: gradients[name] for name in parameters}
+            for index, part in enumerate(parts):
+                own, slopes[index] = _layer_gradient(network, number, parameters, part, before[index], slopes[index])
+                mx.eval(own, slopes[index])
+                gradients[index] |= own
+    return [(said, {name: own[name] for name in parameters}) for said, own in zip(reported, gradients, strict=True)]
+
+
+def _loss_of(network: Network, part: StreamedPart, hidden: mx.array) -> tuple[mx.array, mx.array]:
+    return part.loss(network.module.model.norm(hidden))
+
+
+def _layer_gradient(
+    network: Network, number: int, parameters: Arrays, part: StreamedPart, entering: mx.array, slope: mx.array
+) -> tuple[dict[str, mx.array], mx.array]:
+    """Of the layer's parameters, and of what enters it."""
+    names = network.names_of(number)
+
+    def layer(*arrays: mx.array) -> list[mx.array]:
+        *own, states = arrays
+        given = dict(zip(names, own, strict=True))
+        return [network.run([number], states, given, layout=part.layout, keys=part.keys)[0]]
+
+    _, slopes = mx.vjp(layer, [*(parameters[name] for name in names), entering], [slope])
+    *own, below = slopes
+    return dict(zip(names, own, strict=True)), below
 
 
 def _read_again(network: Network) -> list[Any]:

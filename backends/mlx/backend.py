@@ -199,9 +199,9 @@ def _unavailable(problem: str) -> DeviceReport:
 
 def _device_name(device: Device) -> str:
     if device == "cpu":
-        # What this process may use, which in a container is less than the machine has.
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        from backends.mlx.cores import num_cores
+
+        cores = num_cores()
         return f"CPU ({cores} core{'s' if cores > 1 else ''})"
     import mlx.core as mx
 
@@ -212,8 +212,10 @@ def prepare_device(device: Device) -> Callable[[], None]:
     """Makes `device` MLX's default and bounds its buffer cache; returns what undoes it."""
     import mlx.core as mx
 
-    from backends.mlx.memory import cache_limit_bytes, total_bytes
+    from backends.mlx.memory import cache_limit_bytes, keep_freed_memory, total_bytes
 
+    if device == "cpu":
+        keep_freed_memory()
     default = mx.default_device()
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     cache_limit = mx.set_cache_limit(cache_limit_bytes(total_bytes()))

@@ -6,13 +6,14 @@ of a library that is already loaded globally take precedence, so loading OpenBLA
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SLOW_BLAS = "MLX found no fast BLAS here: training on the CPU is about 30 times slower than it could be"
@@ -67,3 +68,37 @@ def _installed_mkl() -> Iterator[str]:
     except importlib.metadata.PackageNotFoundError:
         return
     yield from (str(file.locate()) for file in files if file.name.startswith("libmkl_rt.so"))
+
+
+@contextlib.contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """Within it a matrix product uses `count` cores, where the library that `preload_blas` loaded can be told so."""
+    found = _thread_setting()
+    if found is None:
+        yield
+        return
+    get, set_ = found
+    before = get()
+    set_(min(count, before))
+    try:
+        yield
+    finally:
+        set_(before)
+
+
+@functools.cache
+def _thread_setting() -> tuple[Callable[[], int], Callable[[int], object]] | None:
+    """How to read and set the number of cores that BLAS uses."""
+    name = preload_blas()
+    if not name:
+        return None
+    library = ctypes.CDLL(name)  # loaded already: found by its name
+    names = ("openblas_get_num_threads", "openblas_set_num_threads")
+    if "mkl" in name:
+        names = ("MKL_Get_Max_Threads", "MKL_Set_Num_Threads")
+    get, set_ = (getattr(library, function, None) for function in names)
+    if get is None or set_ is None:
+        return None
+    get.argtypes, get.restype = [], ctypes.c_int
+    set_.argtypes, set_.restype = [ctypes.c_int], None
+    return get, set_

@@ -9,26 +9,31 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from backends.mlx.absent_layers import prefixes, streamed_gradients
-from backends.mlx.loss import Selection, host_logits, select_targets, summed_loss, token_losses, token_replay
-from backends.mlx.memory import MemoryMeter, translate_out_of_memory
+from backends.mlx.absent_layers import StreamedPart, prefixes, streamed_gradients
+from backends.mlx.cores import building, map_on_cores, num_cores
+from backends.mlx.loss import Selection, host_logits, summed_loss, token_losses, token_replay
+from backends.mlx.memory import MemoryMeter, translate_out_of_memory, trim_memory
 from backends.mlx.model import Network
 from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, make_optimizer
+from backends.mlx.packing import Layout
+from backends.mlx.parts import Cutter, Part, to_prefix
 from backends.mlx.routers import balancing_loss
+from backends.mlx.rows import by_row, joined, per_row, real
 from core.adapter import trains_router
 from core.config import RunConfig
 from core.errors import UserError
 from core.optimizer_state import dequantised
 from core.protocols import (
-    FILLER_ROW,
     Batch,
+    FloatArray,
+    IntArray,
     MemoryStats,
     Prefix,
     Replay,
@@ -49,6 +54,16 @@ AuxArrays = tuple[mx.array, mx.array | None, mx.array, mx.array]
 """What the load-balancing loss needs of a micro-batch: tokens float32 [B, T], 0 for padding; `Prefix.routed`, if the
 batch has one; the share of the step's tokens that are in it; and the factor in the objective, which is summed over the
 step's targets."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A part of a training step."""
+
+    part: Part
+    key: mx.array
+    """Of its dropout masks."""
+    aux: AuxArrays | None
 
 
 class MlxLearner:
@@ -85,7 +100,7 @@ class MlxLearner:
         self._meter = MemoryMeter(accelerator=accelerator)
         self._on_close = on_close
         self._closed = False
-        self._exact = not compiled
+        self._cutter = Cutter(network, compiled=compiled, num_cores=num_cores())
         compile_ = mx.compile if compiled else _as_it_is
         self._gradients = compile_(self._gradients_of_microbatch)
         self._update = compile_(self._updated)
@@ -95,24 +110,67 @@ class MlxLearner:
     # -- the step
 
     def train_step(self, microbatches: Sequence[Batch], *, step: int, lr: float) -> StepOutput:
-        """Submits one optimiser step and returns before it is computed."""
-        selections = [select_targets(batch, exact=self._exact) for batch in microbatches]
-        num_targets = sum(selection.num_targets for selection in selections)
+        """Submits one optimiser step; returns before the update, and on a GPU anything, is computed."""
+        num_targets = sum(batch.num_targets for batch in microbatches)
         assert num_targets > 0, "a step without a target token"
         with translate_out_of_memory(f"a training step of {_shapes(microbatches)}"):
-            sums: Sums | None = None
-            total: Parameters | None = None
-            num_tokens = sum(batch.num_real_tokens for batch in microbatches)
-            for index, (batch, selection) in enumerate(zip(microbatches, selections, strict=True)):
-                if selection.num_targets == 0:
-                    continue
-                key = mx.random.key(step_seed(self._seed, step, index))
-                arrays = _device_arrays(batch, selection)
-                aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
-                sums, total = self._gradients(self.parameters, sums, total, key, aux, *arrays)
-                mx.async_eval(sums, total)
-            assert sums is not None and total is not None
+            work = self._work(microbatches, step=step, num_targets=num_targets)
+            sums, total = self._summed(work) if self._cutter.by_row else self._summed_on_device(work)
             return self._apply(sums, total, num_targets=num_targets, lr=lr)
+
+    def _work(self, microbatches: Sequence[Batch], *, step: int, num_targets: int) -> Iterator[_Work]:
+        num_tokens = sum(batch.num_real_tokens for batch in microbatches)
+        for index, batch in enumerate(microbatches):
+            # Equal positions have other masks in other rows.
+            parts = self._cutter.parts(batch, share=not self.network.has_dropout)
+            key = mx.random.key(step_seed(self._seed, step, index))
+            keys = [key] if len(parts) < 2 else list(mx.random.split(key, len(parts)))
+            mx.eval(keys)
+            aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
+            yield from (_Work(part, own, aux) for part, own in zip(parts, keys, strict=False))
+
+    def _summed_on_device(self, work: Iterable[_Work]) -> tuple[Sums, Parameters]:
+        sums: Sums | None = None
+        total: Parameters | None = None
+        for one in work:
+            sums, total = self._gradients(self.parameters, sums, total, one.key, one.aux, *one.part.arrays)
+            mx.async_eval(sums, total)
+        assert sums is not None and total is not None
+        return sums, total
+
+    def _summed(self, work: Iterable[_Work]) -> tuple[Sums, Parameters]:
+        """As `_summed_on_device`, on all cores; added up in the order of the work."""
+        mx.eval(self.parameters)  # no thread may wait for another one's stream
+        if self.network.streams:
+            found: Iterable[tuple[Sums, Parameters]] = self._streamed(list(work))
+        else:
+            found = map_on_cores(self._gradients_here, work, count=self._cutter.num_cores)
+        sums: Sums | None = None
+        total: Parameters | None = None
+        for own_sums, own in found:
+            sums, total = _added(sums, total, own_sums, own)
+            mx.eval(sums, total)
+        assert sums is not None and total is not None
+        return sums, total
+
+    def _gradients_here(self, one: _Work) -> tuple[Sums, Parameters]:
+        with building:
+            found: tuple[Sums, Parameters]
+            found = self._gradients(self.parameters, None, None, one.key, one.aux, *one.part.arrays)
+        mx.eval(found)
+        return found
+
+    def _streamed(self, work: Sequence[_Work]) -> Iterator[tuple[Sums, Parameters]]:
+        parts = [
+            StreamedPart(
+                tokens=one.part.tokens,
+                layout=one.part.layout,
+                keys=self.network.dropout_keys(one.key),
+                loss=self._loss(one.part.position, one.part.target, one.part.weight),
+            )
+            for one in work
+        ]
+        yield from (((nll,), own) for nll, own in streamed_gradients(self.network, self.parameters, parts))
 
     def _aux_arrays(self, batch: Batch, share: float, num_targets: int) -> AuxArrays | None:
         if not self._has_aux_loss:
@@ -138,6 +196,7 @@ class MlxLearner:
         total_so_far: Parameters | None,
         key: mx.array,
         aux: AuxArrays | None,
+        layout: Layout | None,
         tokens: mx.array,
         position: mx.array,
         target: mx.array,
@@ -145,18 +204,13 @@ class MlxLearner:
     ) -> tuple[Sums, Parameters]:
         """Adds a micro-batch's losses and the gradient of its summed objective to those so far."""
         network, keys = self.network, self.network.dropout_keys(key)
-        loss = functools.partial(
-            summed_loss,
-            network.project,
-            position=position,
-            target=target,
-            weight=weight,
-            label_smoothing=self._label_smoothing,
-        )
+        loss = self._loss(position, target, weight)
 
         def objective(parameters: Parameters) -> tuple[mx.array, Sums]:
             is_token = None if aux is None else aux[0]
-            hidden, routed = network.routed_states(parameters, tokens, is_token=is_token, keys=keys, training=True)
+            hidden, routed = network.routed_states(
+                parameters, tokens, layout=layout, is_token=is_token, keys=keys, training=True
+            )
             carrier, nll = loss(hidden)
             if aux is None:
                 return carrier, (nll,)
@@ -168,14 +222,22 @@ class MlxLearner:
 
         if network.streams:
             assert aux is None, "streamed layers have no load-balancing loss"
-            nll, gradients = streamed_gradients(network, parameters, tokens, loss, keys=keys)
+            part = StreamedPart(tokens, layout, keys, loss)
+            ((nll, gradients),) = streamed_gradients(network, parameters, [part])
             sums: Sums = (nll,)
         else:
             (_, sums), gradients = mx.value_and_grad(objective)(parameters)
-        if sums_so_far is None or total_so_far is None:
-            return sums, gradients
-        sums = tuple(before + own for before, own in zip(sums_so_far, sums, strict=True))
-        return sums, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
+        return _added(sums_so_far, total_so_far, sums, gradients)
+
+    def _loss(self, position: mx.array, target: mx.array, weight: mx.array) -> Callable[..., tuple[mx.array, mx.array]]:
+        return functools.partial(
+            summed_loss,
+            self.network.project,
+            position=position,
+            target=target,
+            weight=weight,
+            label_smoothing=self._label_smoothing,
+        )
 
     def _updated(
         self,
@@ -203,25 +265,59 @@ class MlxLearner:
     # -- evaluation
 
     def evaluate(self, batches: Iterable[Batch]) -> RowLosses:
-        parts: list[RowLosses] = []
+        return self._evaluate_on_cores(batches) if self._cutter.by_row else self._evaluate_on_device(batches)
+
+    def _evaluate_on_device(self, batches: Iterable[Batch]) -> RowLosses:
+        found: list[RowLosses] = []
         counts: mx.array | None = None
         waiting: tuple[Batch, Selection, mx.array] | None = None
         for batch in batches:
-            selection = select_targets(batch, exact=self._exact)
             with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
-                tokens, position, target, _ = _device_arrays(batch, selection)
+                part = self._cutter.whole(batch)
                 is_token = mx.array(batch.is_token.astype(np.int32)) if self.network.is_mixture else None
                 below = _routed_below(batch) if self.network.is_mixture else None
-                losses, counts = self._losses(self.parameters, counts, tokens, position, target, is_token, below)
+                losses, counts = self._losses(self.parameters, counts, *part.arrays[:-1], is_token, below)
                 mx.async_eval(losses, counts)
                 # Read one batch behind, so that the device computes while the host sums.
                 if waiting is not None:
-                    parts.append(_per_row(*waiting))
-            waiting = batch, selection, losses
+                    found.append(per_row(*waiting))
+            waiting = batch, part.selection, losses
         if waiting is not None:
             with translate_out_of_memory("an evaluation"):
-                parts.append(_per_row(*waiting))
-        return replace(_joined(parts), expert_tokens=None if counts is None else np.array(counts).astype(np.int64))
+                found.append(per_row(*waiting))
+        return replace(joined(found), expert_tokens=None if counts is None else np.array(counts).astype(np.int64))
+
+    def _evaluate_on_cores(self, batches: Iterable[Batch]) -> RowLosses:
+        mx.eval(self.parameters)
+        row_ids: list[IntArray] = []
+
+        def noted() -> Iterator[Batch]:
+            for batch in batches:
+                row_ids.append(batch.row_ids)
+                yield batch
+
+        nll: dict[int, FloatArray] = {}
+        num_targets: dict[int, IntArray] = {}
+        with translate_out_of_memory("an evaluation"):
+            work = self._cutter.for_evaluation(noted())
+            count = 1 if self.network.streams else self._cutter.num_cores
+            for number, rows, losses in map_on_cores(self._losses_here, work, count=count):
+                num_rows = len(row_ids[number])
+                sums, counts = by_row(losses, rows, num_rows)
+                nll[number] = nll.get(number, 0.0) + sums
+                num_targets[number] = num_targets.get(number, 0) + counts
+        found = [
+            real(ids, nll.get(number, np.zeros(len(ids))), num_targets.get(number, np.zeros(len(ids), np.int64)))
+            for number, ids in enumerate(row_ids)
+        ]
+        return joined(found)
+
+    def _losses_here(self, numbered: tuple[int, Part]) -> tuple[int, IntArray, FloatArray]:
+        """The batch's number, and of each target its row and loss."""
+        number, part = numbered
+        with building:
+            losses, _ = self._losses(self.parameters, None, *part.arrays[:-1], None, None)
+        return number, part.selection.row, np.array(losses[: part.selection.num_targets], np.float64)
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
         """Waits for the device at every batch: it is for a few rows."""
@@ -230,27 +326,26 @@ class MlxLearner:
         return Replay.gather(some, [nll for nll, _ in found], [greedy for _, greedy in found])
 
     def _replay(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        selection = select_targets(batch, exact=self._exact)
         with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
-            tokens, position, target, _ = _device_arrays(batch, selection)
-            hidden = self.network.hidden_states(self.parameters, tokens)
-            found = token_replay(self.network.project, hidden, position, target)
+            part = self._cutter.whole(batch)
+            hidden = self.network.hidden_states(self.parameters, part.tokens, layout=part.layout)
+            found = token_replay(self.network.project, hidden, part.position, part.target)
             mx.eval(found)
-            nll, greedy = (np.array(array[: selection.num_targets]) for array in found)
+            nll, greedy = (np.array(array[: part.selection.num_targets]) for array in found)
         return nll, greedy
 
     def target_logits(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Float32 [targets, vocabulary] on the host, in the order of the flattened batch. Waits for the device."""
-        selection = select_targets(batch, exact=self._exact)
         with translate_out_of_memory(f"an evaluation of {_shapes([batch])}"):
-            tokens, position, _, _ = _device_arrays(batch, selection)
-            hidden = self.network.hidden_states(self.parameters, tokens)
-            return host_logits(self.network.project, hidden, position)[: selection.num_targets]
+            part = self._cutter.whole(batch)
+            hidden = self.network.hidden_states(self.parameters, part.tokens, layout=part.layout)
+            return host_logits(self.network.project, hidden, part.position)[: part.selection.num_targets]
 
     def _losses_of_batch(
         self,
         parameters: Parameters,
         counts_so_far: mx.array | None,
+        layout: Layout | None,
         tokens: mx.array,
         position: mx.array,
         target: mx.array,
@@ -258,7 +353,7 @@ class MlxLearner:
         below: mx.array | None,
     ) -> tuple[mx.array, mx.array | None]:
         """The loss of each target, and of a mixture the tokens of each expert, int32 [layers, experts], so far."""
-        hidden, routed = self.network.routed_states(parameters, tokens, is_token=is_token)
+        hidden, routed = self.network.routed_states(parameters, tokens, layout=layout, is_token=is_token)
         losses = token_losses(self.network.project, hidden, position, target)
         if not routed:
             return losses, None
@@ -279,7 +374,7 @@ class MlxLearner:
                 if computed is not None:
                     mx.async_eval(computed)
                 # Read one row behind, so that the device computes while the host copies and writes.
-                before = None if waiting is None else _to_prefix(*waiting)
+                before = None if waiting is None else to_prefix(*waiting)
             if before is not None:
                 yield before
             if computed is None:
@@ -336,6 +431,7 @@ class MlxLearner:
         del self.network, self._gradients, self._update, self._losses
         gc.collect()
         mx.clear_cache()
+        trim_memory()
         self._on_close()
 
 
@@ -352,19 +448,17 @@ class _Scalar:
             return float(self._array)
 
 
+def _added(
+    sums_so_far: Sums | None, total_so_far: Parameters | None, sums: Sums, gradients: Parameters
+) -> tuple[Sums, Parameters]:
+    if sums_so_far is None or total_so_far is None:
+        return sums, gradients
+    sums = tuple(before + own for before, own in zip(sums_so_far, sums, strict=True))
+    return sums, {name: total_so_far[name] + gradient for name, gradient in gradients.items()}
+
+
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
-
-
-def _to_prefix(states: mx.array, routed: mx.array | None) -> Prefix:
-    """Waits for the device."""
-    bits = states.view(mx.uint16) if states.dtype == mx.bfloat16 else states
-    return Prefix(np.array(bits), None if routed is None else np.array(routed, np.float32))
-
-
-def _states_of(prefix: Prefix) -> mx.array:
-    states = mx.array(np.ascontiguousarray(prefix.states))
-    return states.view(mx.bfloat16) if states.dtype == mx.uint16 else states
 
 
 def _routed_below(batch: Batch) -> mx.array | None:
@@ -375,38 +469,9 @@ def _routed_below(batch: Batch) -> mx.array | None:
     return mx.array(batch.prefix.routed)
 
 
-def _device_arrays(batch: Batch, selection: Selection) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    return (
-        mx.array(batch.inputs) if batch.prefix is None else _states_of(batch.prefix),
-        mx.array(selection.position),
-        mx.array(selection.target),
-        mx.array(selection.weight),
-    )
-
-
 def _shapes(batches: Sequence[Batch]) -> str:
     rows, width = max((batch.inputs.shape for batch in batches), key=lambda shape: shape[0] * shape[1])
     return f"{len(batches)} x {rows} x {width} tokens"
-
-
-def _per_row(batch: Batch, selection: Selection, losses: mx.array) -> RowLosses:
-    """Sums the losses of each row in float64. Waits for the device."""
-    num_rows = len(batch.row_ids)
-    values = np.array(losses[: selection.num_targets], np.float64)
-    nll = np.bincount(selection.row, weights=values, minlength=num_rows)
-    counts = np.bincount(selection.row, minlength=num_rows)
-    real = batch.row_ids != FILLER_ROW
-    return RowLosses(batch.row_ids[real], nll[real], counts[real].astype(np.int64))
-
-
-def _joined(parts: Sequence[RowLosses]) -> RowLosses:
-    if not parts:
-        return RowLosses(np.zeros(0, np.int64), np.zeros(0, np.float64), np.zeros(0, np.int64))
-    return RowLosses(
-        np.concatenate([part.row_ids for part in parts]),
-        np.concatenate([part.nll for part in parts]),
-        np.concatenate([part.num_targets for part in parts]),
-    )
 
 
 def _matching(given: Tensors, expected: Mapping[str, mx.array], what: str) -> Parameters:

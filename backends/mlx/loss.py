@@ -6,22 +6,25 @@ states first; the output projection and the float32 log-softmax see nothing else
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
-from core.protocols import IGNORE, Batch
+from backends.mlx import fastmath
+from backends.mlx.packing import Packed
+from core.protocols import IGNORE, Batch, IntArray
 
 Project = Callable[[mx.array], mx.array]
 """Hidden states [M, D] to logits [M, V]."""
 
-BLOCK = 256
-"""Logits that are summed at a time: about the square root of a vocabulary."""
 CHUNK = 1024
 """Target positions whose float32 logits exist at a time: 131 MB at a vocabulary of 32,000."""
+_CPU_CHUNK = 128
+"""The same on a CPU: 25 MB at a vocabulary of 49,152. What is larger than 32 MB, the allocator returns to the system at
+once, and getting it anew costs more than the arithmetic."""
 _SMALLEST = 32
 
 
@@ -30,7 +33,7 @@ class Selection:
     """The target positions of a batch, where it is compiled padded to one of a few lengths M."""
 
     position: np.ndarray
-    """int32 [M]: b * T + t; 0 in the padding."""
+    """int32 [M]: b * T + t, or the place among packed positions; 0 in the padding."""
     target: np.ndarray
     """int32 [M]: token ids; 0 in the padding."""
     weight: np.ndarray
@@ -49,15 +52,25 @@ def select_targets(batch: Batch, *, exact: bool = False) -> Selection:
     Args:
         exact: no padding: for functions that are not compiled.
     """
-    row, column = np.nonzero(batch.targets != IGNORE)
-    count = len(row)
+    rows, width = batch.targets.shape
+    return _select(batch.targets.reshape(-1), np.arange(rows).repeat(width), exact=exact)
+
+
+def select_packed(packed: Packed, *, exact: bool = False) -> Selection:
+    """As `select_targets`, of packed positions [N]; rows are still the batch's."""
+    return _select(packed.targets, packed.row, exact=exact)
+
+
+def _select(targets: npt.NDArray[np.int32], rows: IntArray, *, exact: bool) -> Selection:
+    (found,) = np.nonzero(targets != IGNORE)
+    count = len(found)
     size = max(count, 1) if exact else padded_size(count)
     position, target = np.zeros(size, np.int32), np.zeros(size, np.int32)
     weight = np.zeros(size, np.float32)
-    position[:count] = row * batch.targets.shape[1] + column
-    target[:count] = batch.targets[row, column]
+    position[:count] = found
+    target[:count] = targets[found]
     weight[:count] = 1.0
-    return Selection(position, target, weight, row)
+    return Selection(position, target, weight, rows[found])
 
 
 def padded_size(count: int) -> int:
@@ -82,7 +95,7 @@ def summed_loss(
     next chunk's come (as in Liger's fused linear cross-entropy, arXiv:2410.10989).
 
     Args:
-        hidden: [B, T, D] after the final norm.
+        hidden: [B, T, D] (packed: [N, D]) after the final norm.
         position, target, weight: [M], see `Selection`.
         label_smoothing: share e of the probability spread over the vocabulary (arXiv:1512.00567):
             (1 - e) * CE + e * mean over the vocabulary of -log p.
@@ -145,27 +158,13 @@ def _logits(project: Project, selected: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
-    """log(sum(exp)) over the vocabulary: [M, V] to [M].
-
-    On a CPU MLX adds one float32 after the other: over 49,152 tokens the loss comes out 1e-4 nats too low, and so do
-    the gradients. There, blocks are summed first, as torch does.
-    """
-    if mx.default_device() != mx.cpu:
-        return mx.logsumexp(logits, axis=-1)
-    return mx.logsumexp(mx.logsumexp(_blocks(logits, fill=-math.inf), axis=-1), axis=-1)
+    """log(sum(exp)) over the vocabulary: [M, V] to [M]."""
+    return fastmath.log_sum_exp(logits) if fastmath.on_cpu() else mx.logsumexp(logits, axis=-1)
 
 
 def _mean(logits: mx.array) -> mx.array:
-    """Mean over the vocabulary, in blocks for the same reason."""
-    return _blocks(logits, fill=0.0).sum(axis=-1).sum(axis=-1) / logits.shape[-1]
-
-
-def _blocks(logits: mx.array, *, fill: float) -> mx.array:
-    """[M, V] to [M, blocks, BLOCK]; the last block is filled up with `fill`."""
-    missing = -logits.shape[-1] % BLOCK
-    if missing:
-        logits = mx.pad(logits, [(0, 0), (0, missing)], constant_values=fill)
-    return logits.reshape(logits.shape[0], -1, BLOCK)
+    """Mean over the vocabulary, in blocks, because one float32 added after the other loses digits."""
+    return fastmath.blocks(logits, fill=0.0).sum(axis=-1).sum(axis=-1) / logits.shape[-1]
 
 
 def _picked(logits: mx.array, ids: mx.array) -> mx.array:
@@ -173,5 +172,6 @@ def _picked(logits: mx.array, ids: mx.array) -> mx.array:
 
 
 def _chunks(*arrays: mx.array) -> Iterator[tuple[mx.array, ...]]:
-    for start in range(0, len(arrays[0]), CHUNK):
-        yield tuple(array[start : start + CHUNK] for array in arrays)
+    size = min(CHUNK, _CPU_CHUNK) if fastmath.on_cpu() else CHUNK
+    for start in range(0, len(arrays[0]), size):
+        yield tuple(array[start : start + size] for array in arrays)

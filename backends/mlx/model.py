@@ -16,7 +16,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx.absent_layers import run_streamed
+from backends.mlx.fastmath import on_cpu
+from backends.mlx.layers import is_plain, run_packed
 from backends.mlx.loading import Base
+from backends.mlx.packing import Layout
 from backends.mlx.routers import Routed, run_watched
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter, split_name
 from core.adapter_mlx import module_name
@@ -135,8 +138,10 @@ class Network:
             self._by_layer[slot.layer].append(slot)
         self.num_prefix_layers = min(slot.layer for slot in self._slots)
         self.end_tokens = base.end_tokens
-        self._dropout = adapter.dropout > 0.0
+        self.has_dropout = adapter.dropout > 0.0
         self._checkpoint = checkpoint
+        # Frequencies of a scaled rotary embedding, which MLX would compute on first use, on this thread only.
+        mx.eval([a for m in base.module.modules() for n, a in m.items() if n[0] == "_" and isinstance(a, mx.array)])
 
     def base_weights(self) -> list[Weight]:
         """The tensors of the base model; a quantised one with its scales and biases."""
@@ -156,7 +161,28 @@ class Network:
 
     def dropout_keys(self, key: mx.array) -> mx.array | None:
         """A key per adapted module, uint32 [modules, 2]."""
-        return mx.random.split(key, len(self._slots)) if self._dropout else None
+        return mx.random.split(key, len(self._slots)) if self.has_dropout else None
+
+    @property
+    def frozen(self) -> range:
+        """The layers below the first adapter."""
+        return range(self.num_prefix_layers)
+
+    @property
+    def packs(self) -> bool:
+        """Whether positions may be laid out one after the other (`packing.py`)."""
+        return is_plain(self.module.layers[-1])
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether they are laid out without padding: on a CPU, where no shape has to be compiled."""
+        return self.packs and on_cpu()
+
+    @property
+    def target_cost(self) -> float:
+        """Multiply-adds that a target adds, over those that every position takes; roughly."""
+        size, layers = self.module.args, len(self.module.layers) - self.num_prefix_layers
+        return float(size.vocab_size / (layers * (2 * size.hidden_size + 3 * size.intermediate_size)))
 
     @property
     def is_mixture(self) -> bool:
@@ -167,18 +193,20 @@ class Network:
         parameters: Arrays,
         tokens: mx.array,
         *,
+        layout: Layout | None = None,
         keys: mx.array | None = None,
         cache: Sequence[Any] | None = None,
         training: bool = False,
     ) -> mx.array:
         """Hidden states [B, T, D] after the final norm; for the arguments see `routed_states`."""
-        return self.routed_states(parameters, tokens, keys=keys, cache=cache, training=training)[0]
+        return self.routed_states(parameters, tokens, layout=layout, keys=keys, cache=cache, training=training)[0]
 
     def routed_states(
         self,
         parameters: Arrays,
         tokens: mx.array,
         *,
+        layout: Layout | None = None,
         is_token: mx.array | None = None,
         keys: mx.array | None = None,
         cache: Sequence[Any] | None = None,
@@ -189,6 +217,7 @@ class Network:
         Args:
             tokens: int32 [B, T]; padding on the right needs no mask, since attention is causal. Or the states
                 [B, T, D] that enter the first layer with an adapter: then only the layers from there on are run.
+            layout: the tokens are packed positions [N] (or [N, D]) laid out like this, and so is the result [N, D].
             is_token: [B, T] of a number type, 0 for padding: the routers of a mixture are to be watched.
             keys: from `dropout_keys`; None for no dropout.
             cache: one key-value cache per layer, when generating.
@@ -197,17 +226,24 @@ class Network:
         hidden, numbers = self.entering(tokens)
         if self.streams:
             assert cache is None and keys is None, "streamed layers neither generate nor train this way"
-            hidden, routed = run_streamed(self, numbers, hidden, parameters, is_token=is_token)
+            hidden, routed = run_streamed(self, numbers, hidden, parameters, layout=layout, is_token=is_token)
         else:
             hidden, routed = self.run(
-                numbers, hidden, parameters, is_token=is_token, keys=keys, cache=cache, training=training
+                numbers,
+                hidden,
+                parameters,
+                layout=layout,
+                is_token=is_token,
+                keys=keys,
+                cache=cache,
+                training=training,
             )
         return self.module.model.norm(hidden), routed
 
     def entering(self, tokens: mx.array) -> tuple[mx.array, range]:
-        """States [B, T, D] and the layers that they go through: of tokens [B, T] all, of states those above them."""
+        """States [..., D] and the layers that they go through: of tokens [...] all, of states those above them."""
         num_layers = len(self.module.layers)
-        if tokens.ndim == 3:
+        if mx.issubdtype(tokens.dtype, mx.floating):
             return tokens, range(self.num_prefix_layers, num_layers)
         is_trained_throughout = self.streams and self.num_prefix_layers == 0
         is_whole = self.read_again is None
@@ -235,6 +271,7 @@ class Network:
         parameters: Arrays,
         *,
         layers: Sequence[Any] | None = None,
+        layout: Layout | None = None,
         is_token: mx.array | None = None,
         keys: mx.array | None = None,
         cache: Sequence[Any] | None = None,
@@ -244,26 +281,35 @@ class Network:
 
         Args:
             layers: all layers; None: the model's own.
+            layout: see `routed_states`; without `cache` and `is_token`.
         """
-        from mlx_lm.models.base import create_attention_mask
-
         model = self.module.model
-        mask = create_attention_mask(hidden, cache[0] if cache else None, window_size=self._base.window)
-        if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[-2] > 1:
-            # padding looks at itself: a softmax over nothing may be NaN, and of a NaN nothing is 0
-            mask = mask | mx.eye(mask.shape[-2], mask.shape[-1], mask.shape[-1] - mask.shape[-2], dtype=mx.bool_)
+        mask = None if layout is not None else self._mask(hidden, cache[0] if cache else None)
         routed: list[Routed] = []
         for number in numbers:
             slots = self._by_layer[number]
             own = {name: parameters[name] for name in self.names_of(number)}
             layer, layer_cache = (layers or model.layers)[number], cache[number] if cache else None
-            run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys, is_token)
+            if layout is not None:
+                work = functools.partial(run_packed, layer, layout=layout, window=self._base.window)
+                run = functools.partial(_run_packed_layer, work, slots, keys)
+            else:
+                run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys, is_token)
             # Below the first adapter nothing is kept for the backward pass anyway.
             recompute = training and self._checkpoint and slots
             hidden, *found = (mx.checkpoint(run) if recompute else run)(own, hidden)
             if is_token is not None:
                 routed.append((found[0], found[1]))
         return hidden, routed
+
+    def _mask(self, hidden: mx.array, cache: Any) -> mx.array | str | None:
+        from mlx_lm.models.base import create_attention_mask
+
+        mask: mx.array | str | None = create_attention_mask(hidden, cache, window_size=self._base.window)
+        if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[-2] > 1:
+            # padding looks at itself: a softmax over nothing may be NaN, and of a NaN nothing is 0
+            mask = mask | mx.eye(mask.shape[-2], mask.shape[-1], mask.shape[-1] - mask.shape[-2], dtype=mx.bool_)
+        return mask
 
     def project(self, hidden: mx.array) -> mx.array:
         """Logits [..., V] of hidden states [..., D], in the compute type."""
@@ -290,6 +336,19 @@ def keep_rows(cache: Any, rows: mx.array) -> None:
         cache.keys, cache.values = cache.keys[rows], cache.values[rows]
     else:
         cache.filter(rows)
+
+
+def _run_packed_layer(
+    work: Callable[[mx.array], mx.array],
+    slots: Sequence[_Slot],
+    keys: mx.array | None,
+    parameters: Arrays,
+    hidden: mx.array,
+) -> tuple[mx.array, ...]:
+    """As `_run_layer`, over packed positions."""
+    for slot in slots:
+        slot.place(parameters, keys)
+    return (work(hidden),)
 
 
 def _run_layer(

@@ -1,0 +1,326 @@
+"""The MLX backend's parts: rows on several cores, without padding, a shared start once. Nothing may change a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.protocols import FILLER_ROW, IGNORE, Batch
+from tests.backends.conftest import LR, assert_same_state, make_batch, microbatches, missing_package
+from tests.tiny import PAD_ID, make_model
+
+if missing := missing_package("mlx"):
+    pytest.skip(f"mlx: {missing} is not installed", allow_module_level=True)
+
+from backends.mlx import cores, fastmath, layers, parts
+from backends.mlx import model as model_module
+from backends.mlx.blas import _thread_setting, blas_threads
+from backends.mlx.learner import MlxLearner
+from backends.mlx.model import Network
+from backends.mlx.packing import Layout, cut, pack
+from core.prefix import rows_of
+
+import mlx.core as mx  # isort: skip
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"model_type": "mistral"},
+    "window": {"model_type": "mistral", "sliding_window": 5},
+}
+"""Settings of `make_model`; the window is shorter than a shared start."""
+
+SGD = {"name": "sgd", "momentum": 0.5}
+"""AdamW would make a difference of rounding in a gradient near zero as large as a step."""
+
+
+@pytest.fixture(scope="session")
+def backend() -> str:
+    return "mlx"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("parts")
+    return {name: make_model(root / name, num_layers=3, **settings) for name, settings in MODELS.items()}
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch, opened: Callable[..., MlxLearner]) -> Callable[..., MlxLearner]:
+    """Opens a learner that does it mlx-lm's way: padded rows through mlx-lm's own layers, on one stream."""
+
+    def open_plain(*args: Any, **kwargs: Any) -> MlxLearner:
+        with monkeypatch.context() as patch:
+            patch.setattr(Network, "packs", False)
+            learner = opened(*args, **kwargs)
+        learner.network.__class__ = type("Plain", (Network,), {"packs": False})
+        return learner
+
+    return open_plain
+
+
+def with_start(batch: Batch, length: int) -> Batch:
+    """All rows begin with the first row's tokens, none of which is a target."""
+    inputs, targets = batch.inputs.copy(), batch.targets.copy()
+    inputs[:, :length] = inputs[0, :length]
+    targets[:, :length] = IGNORE
+    return replace(batch, inputs=inputs, targets=targets)
+
+
+def with_filler(batch: Batch) -> Batch:
+    width = batch.inputs.shape[1]
+    return Batch(
+        np.append(FILLER_ROW, batch.row_ids),
+        np.vstack([np.full((1, width), PAD_ID, np.int32), batch.inputs]),
+        np.vstack([np.full((1, width), IGNORE, np.int32), batch.targets]),
+    )
+
+
+def unlike(batch: Batch) -> Batch:
+    inputs = batch.inputs.copy()
+    inputs[:, 0] = np.arange(10, 10 + len(inputs))
+    return replace(batch, inputs=inputs)
+
+
+BATCHES: dict[str, Callable[[], list[Batch]]] = {
+    "start": lambda: [with_start(make_batch((21, 14, 12, 17)), 9)],
+    "fillers": lambda: [with_filler(with_start(make_batch((14, 12, 16), width=20), 8))],
+    "one row": lambda: [make_batch((13,), width=16)],
+    "no start": lambda: [unlike(make_batch((15, 6, 9)))],
+    "several": lambda: [with_start(make_batch((18, 14), seed=4), 8), with_filler(unlike(make_batch((9, 13, 8))))],
+}
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("name", list(BATCHES))
+def test_nothing_changes_a_result(models: dict[str, Path], opened: Any, plain: Any, kind: str, name: str) -> None:
+    one, two = plain(models[kind], optim=SGD), opened(models[kind], optim=SGD)
+    compare(one, two, BATCHES[name]())
+
+
+@pytest.mark.parametrize("settings", [{"model": {"bits": 4}}, {"lora": {"frozen_fraction": 0.4}}])
+def test_nor_in_four_bits_or_with_frozen_layers(
+    models: dict[str, Path], opened: Any, plain: Any, settings: dict[str, Any]
+) -> None:
+    one, two = (each(models["llama"], optim=SGD, **settings) for each in (plain, opened))
+    compare(one, two, BATCHES["start"]())
+
+
+def compare(one: MlxLearner, two: MlxLearner, batches: list[Batch]) -> None:
+    """Losses, gradients (their norm, and the momentum) and everything that evaluates."""
+    before, after = one.evaluate(batches), two.evaluate(batches)
+    np.testing.assert_array_equal(after.row_ids, before.row_ids)
+    np.testing.assert_array_equal(after.num_targets, before.num_targets)
+    np.testing.assert_allclose(after.nll, before.nll, rtol=1e-6)
+    np.testing.assert_array_equal(two.replay(batches).greedy, one.replay(batches).greedy)
+    for batch in batches:
+        np.testing.assert_allclose(two.target_logits(batch), one.target_logits(batch), rtol=1e-4, atol=1e-6)
+    for step in (1, 2):
+        expected = one.train_step(batches, step=step, lr=LR)
+        found = two.train_step(batches, step=step, lr=LR)
+        assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-6)
+        assert float(found.grad_norm) == pytest.approx(float(expected.grad_norm), rel=2e-6)
+    moments, others = one.export_state().optimizer, two.export_state().optimizer
+    for key, array in moments.items():
+        wide = array.astype(np.float64)
+        np.testing.assert_allclose(others[key].astype(np.float64), wide, rtol=0, atol=1e-5 * np.abs(wide).max())
+
+
+def test_where_shapes_are_compiled_the_start_is_apart_too(
+    models: dict[str, Path], opened: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Metal: padded rows, and a start whose length is a multiple of 16."""
+    init = MlxLearner.__init__
+    layouts: list[Layout] = []
+    one = plain(models["llama"], optim=SGD)
+    monkeypatch.setattr(
+        MlxLearner, "__init__", lambda self, *args, **kwargs: init(self, *args, **{**kwargs, "compiled": True})
+    )
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    run = layers.run_packed
+
+    def noting(layer: Any, hidden: mx.array, *, layout: Layout, window: int | None) -> mx.array:
+        layouts.append(layout)
+        return run(layer, hidden, layout, window=window)
+
+    monkeypatch.setattr(model_module, "run_packed", noting)
+    two = opened(models["llama"], optim=SGD)
+    batch = with_filler(with_start(make_batch((30, 28, 25), width=32), 21))
+    compare(one, two, [batch])
+    assert set(layouts) == {(16, ((4, 16),))}
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions that went into a layer, for each time that one was run."""
+    found: list[int] = []
+    run = layers.run_packed
+
+    def counting(layer: Any, hidden: mx.array, **kwargs: Any) -> mx.array:
+        found.append(hidden.shape[0])
+        return run(layer, hidden, **kwargs)
+
+    monkeypatch.setattr(model_module, "run_packed", counting)
+    return found
+
+
+def test_the_start_is_computed_once_and_padding_not_at_all(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch, entered: list[int]
+) -> None:
+    """Rows of 21, 14, 12 and 17 with 9 in common: 64 - 27 positions on one core; in two parts, 64 - 18."""
+    batch = with_start(make_batch((21, 14, 12, 17)), 9)
+    for num_cores, positions in ((1, [37]), (2, [24, 22])):
+        monkeypatch.setattr("backends.mlx.learner.num_cores", lambda n=num_cores: n)
+        learner = opened(models["llama"])
+        entered.clear()
+        learner.train_step([batch], step=1, lr=LR)
+        assert sorted(entered, reverse=True) == [n for n in positions for _ in range(3)]
+        entered.clear()
+        learner.evaluate([batch])
+        assert sum(entered) == 3 * sum(positions)
+
+
+def test_with_dropout_every_row_has_a_start_of_its_own(
+    models: dict[str, Path], opened: Any, entered: list[int]
+) -> None:
+    learner = opened(models["llama"], lora={"dropout": 0.2})
+    learner.train_step([with_start(make_batch((21, 14, 12, 17)), 9)], step=1, lr=LR)
+    assert sum(entered) == 3 * 64
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_has_the_same_bits(models: dict[str, Path], opened: Any, dropout: float) -> None:
+    steps = [[with_start(batch, 3) for batch in microbatches(step)] for step in (1, 2, 3, 4)]
+    whole, first, second = (opened(models["llama"], lora={"dropout": dropout}) for _ in range(3))
+    for step, batches in enumerate(steps, start=1):
+        whole.train_step(batches, step=step, lr=LR)
+        if step == 3:
+            second.import_state(first.export_state())
+        (first if step < 3 else second).train_step(batches, step=step, lr=LR)
+    assert_same_state(second.export_state(), whole.export_state())
+
+
+def test_states_have_the_same_bits_on_any_number_of_cores(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of(make_batch((16, 9, 3, 12, 5)))
+    found = []
+    for count in (1, 3):
+        monkeypatch.setattr("backends.mlx.absent_layers.num_cores", lambda count=count: count)
+        found.append(list(opened(models["llama"], lora={"frozen_fraction": 0.7}).prefixes(rows)))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one.states, other.states)
+
+
+# --- how a batch is laid out
+
+
+def test_packing_by_hand() -> None:
+    inputs = np.array([[7, 7, 7, 7], [1, 2, 3, 0], [1, 2, 4, 5]], np.int32)
+    targets = np.array([[IGNORE] * 4, [IGNORE, IGNORE, 9, IGNORE], [IGNORE, IGNORE, 5, 6]], np.int32)
+    batch = Batch(np.array([FILLER_ROW, 3, 5]), inputs, targets)
+    packed = pack(batch, by_row=True, share=True)
+    assert packed.layout == (2, ((1, 1), (1, 2)))
+    assert packed.entering.tolist() == [1, 2, 3, 4, 5]
+    assert packed.targets.tolist() == [IGNORE, IGNORE, 9, 5, 6]
+    assert packed.row.tolist() == [1, 1, 1, 2, 2]
+    apart = pack(batch, by_row=True, share=False)
+    assert apart.layout == (0, ((1, 3), (1, 4)))
+    assert apart.entering.tolist() == [1, 2, 3, 1, 2, 4, 5]
+    padded = pack(batch, by_row=False, share=True)  # a start of 2 is below 16
+    assert padded.layout == (0, ((3, 4),))
+    assert padded.entering.tolist() == inputs.ravel().tolist()
+
+
+def test_a_start_that_spares_little_is_not_taken_apart() -> None:
+    batch = with_start(make_batch((40, 40)), 4)
+    assert batch.num_shared == 4
+    assert pack(batch, by_row=True, share=True).layout[0] == 4  # 4 of 80 positions: a twentieth
+    batch = with_start(make_batch((45, 40)), 4)
+    assert pack(batch, by_row=True, share=True).layout[0] == 0
+
+
+def test_cuts_are_even() -> None:
+    """Lengths 12, 5, 9 and a filler, 8, 4, 3 and 6 targets: of costs 20, 8 and 15 the largest stands alone."""
+    batch = with_filler(make_batch((12, 5, 9)))
+    counts = (batch.targets != IGNORE).sum(axis=1)
+    assert counts.tolist() == [0, 8, 4, 6]
+    assert [part.tolist() for part in cut(batch, 2, target_cost=1.0)] == [[1], [2, 3]]
+    assert [part.tolist() for part in cut(batch, 8, target_cost=1.0)] == [[1], [3], [2]]
+    assert [part.tolist() for part in cut(batch, 1, target_cost=1.0)] == [[1, 2, 3]]
+
+
+def test_an_evaluation_takes_whole_batches_while_there_are_enough(models: dict[str, Path], opened: Any) -> None:
+    network = opened(models["llama"]).network
+    cutter = parts.Cutter(network, compiled=False, num_cores=2)
+    batches = [make_batch((9, 7), first_row=2 * n) for n in range(3)]
+    found = [(number, part.layout[1]) for number, part in cutter.for_evaluation(batches) if part.layout]
+    assert found == [(0, ((1, 9), (1, 7))), (1, ((1, 9), (1, 7))), (2, ((1, 9),)), (2, ((1, 7),))]
+
+
+# --- several cores
+
+
+def test_results_keep_their_order_and_errors_come_through() -> None:
+    def tripled(value: int) -> int:
+        if value == 5:
+            raise ValueError("five")
+        array = mx.arange(1000 * (7 - value)).sum() * 0 + value
+        return int(np.array(array * 3))
+
+    assert list(cores.map_on_cores(tripled, range(5), count=3)) == [0, 3, 6, 9, 12]
+    with pytest.raises(ValueError, match="five"):
+        list(cores.map_on_cores(tripled, range(9), count=3))
+
+
+def test_blas_uses_its_cores_again_afterwards() -> None:
+    setting = _thread_setting()
+    if setting is None:
+        pytest.skip("no BLAS that can be told")
+    get, set_ = setting
+    before = get()
+    set_(2)
+    try:
+        with blas_threads(1):
+            assert get() == 1
+        assert get() == 2
+    finally:
+        set_(before)
+
+
+# --- exponentials
+
+
+@pytest.fixture
+def values() -> Iterator[np.ndarray]:
+    with mx.stream(mx.cpu):
+        yield np.random.default_rng(0).normal(0, 6, (5, 333)).astype(np.float32)
+
+
+def test_exponentials(values: np.ndarray) -> None:
+    wide = np.append(values.ravel(), [0, -86.5, 87, 1e-6]).astype(np.float64)
+    found = np.array(fastmath.exp(mx.array(wide.astype(np.float32)))).astype(np.float64)
+    exact = np.exp(wide.astype(np.float32).astype(np.float64))
+    assert np.abs(found / exact - 1).max() < 6e-6
+    small = np.abs(wide) < 2
+    assert np.abs(found / exact - 1)[small].max() < 3e-7
+    special = np.array(fastmath.exp(mx.array([-np.inf, -500.0, np.nan, 0.0])))
+    np.testing.assert_array_equal(special, [0, 0, np.nan, 1])
+
+
+def test_swiglu_and_softmax_with_their_gradients(values: np.ndarray) -> None:
+    gate, up = mx.array(values), mx.array(values[::-1] * 0.1)
+    slope = mx.array(np.random.default_rng(1).normal(size=values.shape).astype(np.float32))
+    pairs = (
+        (fastmath.swiglu, lambda g, u: g * mx.sigmoid(g) * u, [gate, up]),
+        (fastmath.softmax, lambda x: mx.softmax(x, axis=-1), [gate]),
+    )
+    for ours, theirs, given in pairs:
+        for one, other in zip(mx.vjp(ours, given, [slope]), mx.vjp(theirs, given, [slope]), strict=True):
+            for found, expected in zip(one, other, strict=True):
+                np.testing.assert_allclose(np.array(found), np.array(expected), rtol=5e-6, atol=1e-6)
+    assert np.isfinite(np.array(fastmath.swiglu(mx.array([-200.0, 200.0]), mx.array([1.0, 1.0])))).all()
