@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from backends.cuda.layout import Layout
+from backends.cuda.workers import MOST
 
 ATTENTION = "twinkeel_causal"
+_HAND_ON = ("transformers.models.", "backends.cuda.")
+"""Packages whose modules hand on what attention alone looks at."""
 
 
 def causal_attention(
@@ -37,6 +41,7 @@ def causal_attention(
         layout: of a batch whose positions come as one row, [1, heads, N, head size]; so does what is returned.
     """
     if layout is not None:
+        layout.num_uses += 1
         query, key, value = (layout.to_rows(states) for states in (query, key, value))
     num_queries, num_keys = query.shape[2], key.shape[2]
     if attention_mask is None and sliding_window is not None and num_queries > 1 and num_keys > sliding_window:
@@ -46,12 +51,19 @@ def causal_attention(
     return output if layout is None else layout.from_rows(output), None
 
 
-@functools.lru_cache(maxsize=4)  # every layer of a model asks for the same one
+def hands_on_layout(decoder: Any) -> bool:
+    """Whether decoder, layers and attention are transformers' own: others need not hand on what they don't know."""
+    parts = [decoder, *decoder.layers, *(getattr(layer, "self_attn", layer) for layer in decoder.layers)]
+    return all(type(part).__module__.startswith(_HAND_ON) for part in parts)
+
+
+@functools.lru_cache(maxsize=MOST)  # every layer asks again; on a CPU, for as many rows as there are threads
 def window_mask(length: int, window: int, device: torch.device) -> torch.Tensor:
     """Boolean [1, 1, length, length]: position i sees the `window` positions i - window + 1 to i."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+    position = torch.arange(length, dtype=torch.int32, device=device)
+    seen = position[None, :] <= position[:, None]
+    seen &= position[None, :] > position[:, None] - window
+    return seen[None, None]
 
 
 AttentionInterface.register(ATTENTION, causal_attention)

@@ -6,6 +6,12 @@ packed sees no difference. What is not known to be the same arithmetic is left a
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import inspect
+import logging
+import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +23,8 @@ from backends.cuda.products import linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("twinkeel")
 
 WINDOWED = ("Mistral", "Mixtral")
 """Families whose attention heeds `sliding_window`."""
@@ -31,8 +39,36 @@ def fuse(base: PreTrainedModel) -> None:
         kind = kinds.get(f"{original.__module__}.{original.__name__}")
         if kind is not None and kind.fits(base):
             if original not in made:
-                made[original] = type(f"Fused{original.__name__}", (kind, original), {})
+                made[original] = _fused(original, kind)
             module.__class__ = made[original]
+
+
+def _fused(original: type, kind: Any) -> type:
+    """The class to take; the original one if its code is not known: another release may compute something else."""
+    if source_of(original) in kind.SOURCES:
+        return type(f"Fused{original.__name__}", (kind, original), {})
+    log.info("transformers' %s is new to this version: it runs as it is, somewhat slower", original.__name__)
+    return original
+
+
+def source_of(original: type) -> str:
+    """Hash of what a module's forward pass does: of its code without comments, and of the rotation's if it has one."""
+    functions: list[Any] = [original.forward]  # type: ignore[attr-defined]
+    if original.__name__.endswith("Attention"):
+        module: Any = sys.modules[original.__module__]
+        functions += [module.apply_rotary_pos_emb, module.rotate_half]
+    digest = hashlib.sha256()
+    for function in functions:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        assert isinstance(tree, ast.FunctionDef)
+        if ast.get_docstring(tree) is not None:
+            tree.body = tree.body[1:]
+        tree.decorator_list, tree.returns = [], None
+        for argument in ast.walk(tree.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:16]
 
 
 def _kinds() -> dict[str, Any]:
@@ -49,6 +85,9 @@ def _kinds() -> dict[str, Any]:
 
 
 class _RmsNorm(torch.nn.Module):  # type: ignore[misc]
+    SOURCES = ("9635bcd843f309a0",)
+    """`source_of` the classes that this does the same as: transformers 5.17 to 5.23."""
+
     @staticmethod
     def fits(base: PreTrainedModel) -> bool:
         return True
@@ -97,6 +136,8 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Mlp(torch.nn.Module):  # type: ignore[misc]
+    SOURCES = ("7d2027d4464e3e71",)
+
     @staticmethod
     def fits(base: PreTrainedModel) -> bool:
         return base.config.hidden_act in ("silu", "swish")
@@ -135,6 +176,7 @@ class _Swiglu(torch.autograd.Function):  # type: ignore[misc]
 
 
 class _Attention(torch.nn.Module):  # type: ignore[misc]
+    SOURCES: tuple[str, ...] = ("dce8f6f66131a0eb",)
     is_windowed = False
 
     @staticmethod
@@ -174,6 +216,7 @@ class _Attention(torch.nn.Module):  # type: ignore[misc]
 
 
 class _WindowedAttention(_Attention):
+    SOURCES = ("36023606bc21e7f3",)
     is_windowed = True
 
 

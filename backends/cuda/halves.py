@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -66,13 +67,15 @@ class AbsentLayers:
     """
 
     def __init__(self, base: PreTrainedModel, pieces: Pieces, num_layers: int) -> None:
-        """`base`: its first `num_layers` have no weights, and no hooks yet."""
+        """`base`: its first `num_layers` have no weights, and no hooks yet. `workers` are set before it runs."""
         whole: Any = base
         self._base, self._decoder, self._pieces = base, whole.model, pieces
         self._empty = [copy.deepcopy(layer) for layer in whole.model.layers[:num_layers]]
+        self.workers: Workers | None = None
 
     def run(self, rows: Sequence[TokenArray], *, send: Send) -> Iterator[States]:
-        """As `FrozenLayers.run`, and to the same bits."""
+        """As `FrozenLayers.run`, and to the same bits: a row has as many cores as it has there."""
+        assert self.workers is not None, "nobody to do the work"
         table = self._decoder.embed_tokens.weight
         for portion in portions(rows, bytes_per_token=table.shape[1] * table.element_size()):
             states = [self._decoder.embed_tokens(send(row[None])) for row in portion]
@@ -80,11 +83,13 @@ class AbsentLayers:
             for number in range(len(self._empty)):
                 with self._loaded(number) as part:
                     routers = RouterWatch(part)
+                    if not routers:
+                        states = list(self.workers.map(functools.partial(_after, part), states))
+                        continue
                     for index, entering in enumerate(states):
                         with routers.watching():
-                            states[index] = part(inputs_embeds=entering, use_cache=False).last_hidden_state
-                        if routers:
-                            routed[index].append(routers.routed())
+                            states[index] = _after(part, entering)
+                        routed[index].append(routers.routed())
             for leaving, found in zip(states, routed, strict=True):
                 yield leaving[0], torch.cat(found, dim=1) if found else None
 
@@ -100,6 +105,18 @@ class AbsentLayers:
             yield part_of(self._decoder, [layers[number]])
         finally:
             layers[number] = without
+
+
+def _after(part: Any, entering: torch.Tensor) -> torch.Tensor:
+    """States [1, T, hidden] after the layers of a part."""
+    states: torch.Tensor = part(inputs_embeds=entering, use_cache=False).last_hidden_state
+    return states
+
+
+def changes_as_it_runs(decoder: Any) -> bool:
+    """Whether its rotary embedding rewrites its own frequencies in a forward pass, for rows longer than it knew."""
+    kind = getattr(decoder.rotary_emb, "rope_type", "default")
+    return kind == "longrope" or "dynamic" in kind
 
 
 def part_of(decoder: Any, layers: Iterable[torch.nn.Module], *, norm: torch.nn.Module | None = None) -> Any:

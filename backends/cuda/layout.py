@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.protocols import IGNORE, Batch, IntArray
+from core.protocols import IGNORE, Batch, IntArray, TokenArray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Layout:
-    """Where the N flat positions are in the rows, and the rows' positions among the flat ones."""
+    """Where the N flat positions are in the rows, and the rows' positions among the flat ones.
+
+    It reaches attention as an argument that the decoder and its layers hand on. Without it the batch would be taken for
+    one long row, and nothing would look wrong: so it counts how often it was asked.
+    """
 
     num_rows: int
     """B: rows with tokens."""
@@ -35,6 +39,8 @@ class Layout:
     never looked at: it comes after the row's tokens."""
     position_ids: torch.Tensor
     """int64 [1, N]: position in the row."""
+    num_uses: int = 0
+    """Layers whose attention has put the positions back into rows."""
 
     def to_rows(self, states: torch.Tensor) -> torch.Tensor:
         """[1, heads, N, size] -> [B, heads, T, size]"""
@@ -88,8 +94,8 @@ class Flat:
 
     shape: tuple[int, int]
     """Rows and positions that the decoder sees: (1, N), or (B, T) of a batch that is left as it is."""
-    places: IntArray
-    """int64 [N]: of each of these positions, its place in the flattened batch."""
+    places: IntArray | None
+    """int64 [N]: of each of these positions, its place in the flattened batch; None: the batch as it is."""
     targets: IntArray
     """int64 [targets]: of each target, in the order of the flattened batch, its position among them."""
     layout: Layout | None = None
@@ -100,11 +106,20 @@ class Flat:
         """For transformers' decoder."""
         return {} if self.layout is None else {"layout": self.layout, "position_ids": self.layout.position_ids}
 
+    def tokens(self, batch: Batch) -> TokenArray:
+        """int32, of `shape`: what the decoder's positions hold."""
+        return batch.inputs if self.places is None else batch.inputs.reshape(-1)[self.places].reshape(self.shape)
+
+    def states(self, states: torch.Tensor) -> torch.Tensor:
+        """[B, T, hidden] -> [*shape, hidden], on the host."""
+        if self.places is None:
+            return states
+        return states.flatten(0, 1)[torch.from_numpy(self.places)].unflatten(0, self.shape)
+
 
 def as_it_is(batch: Batch) -> Flat:
     """A batch with its padding and fillers, as a mixture's routers are counted over."""
-    places = np.arange(batch.inputs.size)
-    return Flat(batch.inputs.shape, places, np.flatnonzero(batch.targets.reshape(-1) != IGNORE))
+    return Flat(batch.inputs.shape, None, np.flatnonzero(batch.targets.reshape(-1) != IGNORE))
 
 
 def flatten(batch: Batch, *, send: Callable[[np.ndarray], torch.Tensor], share: bool) -> Flat:

@@ -7,7 +7,7 @@ import functools
 import gc
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from backends.cuda.halves import ROWS_AT_A_TIME, AbsentLayers, FrozenLayers, States, part_of, states_of, to_prefix
+from backends.cuda.attention import hands_on_layout
+from backends.cuda.halves import (
+    ROWS_AT_A_TIME,
+    AbsentLayers,
+    FrozenLayers,
+    States,
+    changes_as_it_runs,
+    part_of,
+    states_of,
+    to_prefix,
+)
 from backends.cuda.host_layers import HostLayers
 from backends.cuda.layout import Flat, as_it_is, flatten
 from backends.cuda.loss import host_logits, summed_losses, token_losses, token_replay
@@ -82,7 +92,7 @@ class CudaLearner:
         self.description = description
         self._dtype = dtype
         self._seed = config.train.seed
-        self._has_dropout = config.lora.dropout > 0
+        self._has_dropout = config.lora.dropout > 0 or getattr(model.config, "attention_dropout", 0.0) > 0
         self._optim = config.optim
         self._parameters = parameters
         self._optimizer = make_optimizer(self._parameters, config.optim, device=device)
@@ -92,9 +102,12 @@ class CudaLearner:
         whole: Any = model
         self._decoder, self._head = whole.model, whole.lm_head
         self.num_prefix_layers = min(split_name(name)[0] for name in parameters)
-        self._workers = Workers(device, mode=self._computing)
+        self._workers = Workers(device, mode=self._computing, alone=changes_as_it_runs(self._decoder))
+        if frozen is not None:
+            frozen.workers = self._workers
         self._frozen = frozen or FrozenLayers(self._decoder, self.num_prefix_layers, self._workers)
         self._is_whole = frozen is None
+        self._is_flat = not self._routers and hands_on_layout(self._decoder)
         above = self._decoder.layers[self.num_prefix_layers :]
         self._above = part_of(self._decoder, above, norm=self._decoder.norm)
         self._streamed = HostLayers(self._decoder, list(above), device) if stream else None
@@ -187,22 +200,19 @@ class CudaLearner:
         return nll
 
     def _flat(self, batch: Batch) -> Flat:
-        """The positions to compute. A mixture's batch stays as it is: its routers are watched over whole rows."""
-        if self._routers:
+        """The positions to compute. A mixture's batch stays as it is, since its routers are watched over whole rows; so
+        does the batch of a model whose code is not transformers'."""
+        if not self._is_flat:
             return as_it_is(batch)
         return flatten(batch, send=self._send, share=not (self.model.training and self._has_dropout))
 
     def _entering(self, batch: Batch, flat: Flat) -> torch.Tensor:
         """States [*flat.shape, hidden] that enter the first layer with an adapter."""
         if batch.prefix is not None:
-            states = states_of(batch.prefix, self._dtype).flatten(0, 1)[torch.from_numpy(flat.places)]
-            return self._to_device(states.unflatten(0, flat.shape))
+            return self._to_device(flat.states(states_of(batch.prefix, self._dtype)))
         assert self.num_prefix_layers == 0, "a batch without its prefix, and no weights to compute it"
-        embedded: torch.Tensor = self._decoder.embed_tokens(self._tokens(batch, flat))
+        embedded: torch.Tensor = self._decoder.embed_tokens(self._send(flat.tokens(batch)))
         return embedded
-
-    def _tokens(self, batch: Batch, flat: Flat) -> torch.Tensor:
-        return self._send(batch.inputs.reshape(-1)[flat.places].reshape(flat.shape))
 
     def _aux_loss(self, batch: Batch) -> torch.Tensor:
         return self._routers.aux_loss(self._send(batch.is_token), self._routed_below(batch))
@@ -224,12 +234,14 @@ class CudaLearner:
             states = self._above(inputs_embeds=entering, use_cache=False, **flat.options).last_hidden_state
         else:
             assert self._is_whole, "a batch without its prefix, and no weights to compute it"
-            tokens = self._tokens(batch, flat)
+            tokens = self._send(flat.tokens(batch))
             states = self._decoder(input_ids=tokens, use_cache=False, **flat.options).last_hidden_state
         return self._gathered(batch, flat, states)
 
     def _gathered(self, batch: Batch, flat: Flat, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of final states [*flat.shape, hidden] those at targets, and the targets."""
+        num_layers = len(self._decoder.layers) - self.num_prefix_layers
+        assert flat.layout is None or flat.layout.num_uses >= num_layers, "attention was not told of the layout"
         return (
             states.flatten(0, 1).index_select(0, self._send(flat.targets)),
             self._send(batch.targets.reshape(-1)[target_places(batch)]),
@@ -260,10 +272,10 @@ class CudaLearner:
         Raises:
             OutOfMemoryError: a batch did not fit.
         """
-        with self.evaluating():
+        with self.evaluating(), contextlib.closing(self._each_nll(batches)) as evaluated:
             counts_so_far: torch.Tensor | None = None
             pending = []
-            for batch, losses, expert_tokens in self._each_nll(batches):
+            for batch, losses, expert_tokens in evaluated:
                 pending.append((batch, losses))
                 if expert_tokens is not None:
                     counts_so_far = expert_tokens if counts_so_far is None else counts_so_far + expert_tokens
@@ -354,10 +366,15 @@ class CudaLearner:
         with torch.no_grad(), self._autocast():
             yield
 
-    def _each_nll(self, batches: Iterable[Batch]) -> Iterator[Evaluated]:
+    def _each_nll(self, batches: Iterable[Batch]) -> Generator[Evaluated, None, None]:
         """The batches evaluated, in order. Watched routers and streamed layers take one at a time."""
         one_at_a_time = self._routers or self._streamed is not None
-        return map(self._nll, batches) if one_at_a_time else self._workers.map(self._nll, batches)
+        yield from map(self._nll, batches) if one_at_a_time else self._workers.map(self._nll, batches)
+
+    @property
+    def _side_by_side(self) -> str:
+        number = self._workers.num_threads
+        return f", {number} batches side by side" if number > 1 else ""
 
     def _nll(self, batch: Batch) -> Evaluated:
         without = replace(batch, prefix=None)  # or the whole store would be in memory
@@ -367,7 +384,7 @@ class CudaLearner:
             losses = within_memory(
                 lambda: token_losses(self._head, *self._at_targets(batch)),
                 device=self.device,
-                doing=f"in an evaluation with {_extent([batch])}",
+                doing=f"in an evaluation with {_extent([batch])}{self._side_by_side}",
             )
         if not self._routers:
             return without, losses, None

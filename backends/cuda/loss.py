@@ -50,8 +50,11 @@ class _SummedLosses(torch.autograd.Function):  # type: ignore[misc]
     def forward(
         ctx: Any, hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, smoothing: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        pass_over = _columns_pass if _by_columns(hidden) else _rows_pass
-        parts = [pass_over(head, states, ids, smoothing) for states, ids in _chunks(hidden, targets)]
+        if _by_columns(hidden):
+            mean = head.weight.mean(0, dtype=torch.float32) if smoothing else None
+            parts = [_columns_pass(head, states, ids, smoothing, mean) for states, ids in _chunks(hidden, targets)]
+        else:
+            parts = [_rows_pass(head, states, ids, smoothing) for states, ids in _chunks(hidden, targets)]
         losses, means, slopes = zip(*parts, strict=True)
         zero = torch.zeros((), device=hidden.device)
         nll, uniform = sum(losses, zero), sum(means, zero)
@@ -81,13 +84,14 @@ def _rows_pass(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tenso
     return nll, uniform, slope.to(head.weight.dtype) @ head.weight
 
 
-def _columns_pass(head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> _Pass:
-    """As `_rows_pass`, without ever having a whole row of logits."""
+def _columns_pass(
+    head: torch.nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float, mean: torch.Tensor | None
+) -> _Pass:
+    """As `_rows_pass`, without ever having a whole row of logits. `mean`: of the head's rows, for smoothing."""
     sums = _Columns.over(head, hidden, targets, with_slope=True)
     slope = sums.softmax_slope().sub_(head.weight[targets], alpha=1.0 - smoothing)
-    if not smoothing:
+    if mean is None:
         return sums.nll().sum(), 0.0, slope
-    mean = head.weight.float().mean(0)
     mean_bias = 0.0 if head.bias is None else head.bias.float().mean()
     mean_logit = (hidden.float() * mean).sum(-1) + mean_bias
     return sums.nll().sum(), (sums.log_total() - mean_logit).sum(), slope.sub_(mean, alpha=smoothing)
@@ -133,8 +137,10 @@ class _Columns:
         at_target = logits.gather(-1, targets.clamp(0, len(weight) - 1)[:, None])[:, 0]
         self.at_target = torch.where(is_here, at_target, self.at_target)
         largest = torch.maximum(self.largest, logits.amax(-1))
-        shrink = (self.largest - largest).exp_()
-        powers = logits.sub_(largest[:, None]).exp_()
+        # tokens that can't be, all at -inf, are nothing to subtract; a NaN is unequal and stays
+        finite = torch.where(largest == -torch.inf, 0.0, largest)
+        shrink = (self.largest - finite).exp_()
+        powers = logits.sub_(finite[:, None]).exp_()
         self.largest, self.exponentials = largest, self.exponentials.mul_(shrink).add_(powers.sum(-1))
         if self.weighted is None:
             return

@@ -78,6 +78,8 @@ class _Linears(torch.autograd.Function):  # type: ignore[misc]
             if b_i is not None:
                 out.addmm_(part, b_i.t(), alpha=scale)
             found.append(out.view(*x.shape[:-1], -1))
+        if not ctx.needs_input_grad[0]:  # below the lowest adapter
+            ctx.mark_non_differentiable(*(out for out, b_i in zip(found, b, strict=True) if b_i is None))
         ctx.scales, ctx.shape = scales, x.shape
         # without a pair the input itself is not needed
         ctx.save_for_backward(None if inner is None else rows, inner, *matrices)

@@ -9,7 +9,7 @@ comes after the other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -27,18 +27,27 @@ Done = TypeVar("Done")
 class Workers:
     """As many threads as there are cores for torch; none on a GPU, or where one core is all there is."""
 
-    def __init__(self, device: torch.device, *, mode: Callable[[], AbstractContextManager[None]]) -> None:
-        """`mode`: entered around each piece. Whether gradients are wanted, say, is a matter of the thread."""
-        self._mode = mode
-        self._threads = 1 if device.type == GPU else min(torch.get_num_threads(), MOST)
-        self._cores_each = max(torch.get_num_threads() // self._threads, 1)
+    def __init__(
+        self, device: torch.device, *, mode: Callable[[], AbstractContextManager[None]], alone: bool = False
+    ) -> None:
+        """What is new:
 
-    def map(self, function: Callable[[Piece], Done], pieces: Iterable[Piece]) -> Iterator[Done]:
+        Args:
+            mode: entered around each piece. Whether gradients are wanted, say, is a matter of the thread.
+            alone: the model changes as it runs, so that there may be one piece at a time only.
+        """
+        self._mode = mode
+        cores = torch.get_num_threads()
+        self._cores_each = -(-cores // MOST)
+        self.num_threads = 1 if alone or device.type == GPU else max(cores // self._cores_each, 1)
+        """Pieces at a time."""
+
+    def map(self, function: Callable[[Piece], Done], pieces: Iterable[Piece]) -> Generator[Done, None, None]:
         """What `function` makes of each piece, in order; a few pieces are asked for ahead of time.
 
-        When one fails, no more are begun, and its error is raised once those under way have ended.
+        When one fails, no more are asked for, and its error is raised once those under way have ended.
         """
-        if self._threads == 1:
+        if self.num_threads == 1:
             for piece in pieces:
                 with self._mode():
                     done = function(piece)
@@ -50,11 +59,13 @@ class Workers:
                 return function(piece)
 
         waiting: deque[Future[Done]] = deque()
-        with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)) as pool:
+        with ThreadPoolExecutor(
+            self.num_threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)
+        ) as pool:
             try:
                 for piece in pieces:
                     waiting.append(pool.submit(work, piece))
-                    if len(waiting) > self._threads:
+                    if len(waiting) > self.num_threads:
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()

@@ -39,6 +39,8 @@ torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
+from backends.cuda.attention import hands_on_layout  # noqa: E402
+
 LR = 3e-3
 CUDA = backends.get("cuda")
 
@@ -438,3 +440,29 @@ def test_no_padding_and_a_shared_start_once(llama: Path, dropout: float) -> None
     learner.train_step([batch], step=1, lr=LR)
     every = 24 + 17 + 20
     assert seen == [every - 2 * 9, every if dropout else every - 2 * 9]
+
+
+def test_a_layout_that_got_lost_is_noticed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the batch would be one long row, and the loss would look right."""
+    learner = open_learner("cuda", llama)
+    layer = learner.model.model.layers[1]
+    forward = layer.forward
+
+    def forgetful(*args: Any, layout: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    layer.forward = forgetful
+    with pytest.raises(AssertionError, match="not told of the layout"):
+        learner.evaluate([make_batch((12, 9))])
+
+
+def test_foreign_code_gets_rows(llama: Path) -> None:
+    """A model with modules of its own need not know what we hand on: it gets the batch as it is."""
+    learner, plain = (open_learner("cuda", llama) for _ in range(2))
+    batch = shared_batch((24, 17, 20))
+    expected = plain.evaluate([batch]).nll
+    attention = learner.model.model.layers[0].self_attn
+    attention.__class__ = type("Own", (type(attention),), {"__module__": "transformers_modules.own"})
+    assert not hands_on_layout(learner.model.model)
+    learner._is_flat = False
+    np.testing.assert_allclose(learner.evaluate([batch]).nll, expected, rtol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ if missing := missing_package("cuda"):
     pytest.skip(f"cuda: {missing} is not installed", allow_module_level=True)
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from backends.cuda import loss, model
@@ -152,7 +153,7 @@ def test_linears_of_an_input_without_gradient() -> None:
     layers = [layer(5, rank=2), layer(4)]
     x = normal(3, 6)
     first, second = linears(x, layers)
-    assert not second.requires_grad or first.requires_grad
+    assert first.requires_grad and not second.requires_grad
     first.sum().backward()
     assert isinstance(layers[0], LoraLinear) and layers[0].lora.a.grad is not None
     expected = layers[0].lora.scale * (layers[0].lora.b.sum(0)[:, None] * x.sum(0)[None])
@@ -163,7 +164,7 @@ def test_linears_keep_to_the_layers_where_arithmetic_differs() -> None:
     """Dropout, casts, bias: to the bit what the layers themselves give."""
     x = normal(3, 6)
     dropping = [layer(5, rank=2, dropout=0.5), layer(4, rank=2, dropout=0.5)]
-    biased = [torch.nn.Linear(6, 5)]
+    biased = [torch.nn.Linear(6, 5).requires_grad_(False)]
     for layers in (dropping, biased):
         torch.manual_seed(1)
         ours = linears(x, layers)
@@ -222,6 +223,35 @@ def test_other_classes_are_left_alone(folders: dict[str, Path]) -> None:
     fuse(base)
     assert [type(layer.mlp).__name__ for layer in base.model.layers] == ["Other", "LlamaMLP"]
     assert type(base.model.norm).__name__ == "FusedLlamaRMSNorm"
+
+
+def test_another_release_is_left_alone(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass that computes something else: here one that clamps."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        down: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1.0) * self.up_proj(x))
+        return down
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    base = load(folders["llama"])
+    fuse(base)
+    assert {type(layer.mlp).__name__ for layer in base.model.layers} == {"LlamaMLP"}
+    assert {type(layer.self_attn).__name__ for layer in base.model.layers} == {"FusedLlamaAttention"}
+
+
+def test_biases_stay(folders: dict[str, Path]) -> None:
+    settings = AutoConfig.from_pretrained(folders["llama"])
+    settings.attention_bias = settings.mlp_bias = True
+    plain = AutoModelForCausalLM.from_config(settings, attn_implementation=ATTENTION).requires_grad_(False)
+    for name, parameter in plain.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    ids = torch.from_numpy(microbatches()[0].inputs).long()
+    with torch.no_grad():
+        expected = plain(input_ids=ids, use_cache=False).logits
+        assert_close(fused(input_ids=ids, use_cache=False).logits, expected, rel=2e-6)
 
 
 ALL_TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -304,3 +334,31 @@ def test_loss_by_columns_in_sixteen_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     for (ours, theirs), rel in zip(zip(*found, strict=True), (1e-4, 1e-5, 2e-2), strict=True):
         assert ours is not None and theirs is not None
         assert_close(ours, theirs, rel=rel)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("token", [0, 4, 7])
+def test_loss_by_columns_hides_no_divergence(monkeypatch: pytest.MonkeyPatch, value: float, token: int) -> None:
+    """A logit that is no number, or infinite, in the first part, in the target's, in the last."""
+    monkeypatch.setattr(loss, "COLUMNS", 3)
+    head = torch.nn.Linear(2, 8).requires_grad_(False)
+    with torch.no_grad():
+        head.bias[token] = value
+    hidden, targets = normal(3, 2), torch.tensor([4, 5, 3])
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="none")
+    torch.testing.assert_close(loss.token_losses(head, hidden, targets), expected, equal_nan=True)
+
+
+def test_loss_by_columns_with_tokens_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole first part at minus infinity."""
+    monkeypatch.setattr(loss, "COLUMNS", 3)
+    head = torch.nn.Linear(2, 8).requires_grad_(False)
+    with torch.no_grad():
+        head.bias[:3] = -math.inf
+    hidden, targets = normal(3, 2).requires_grad_(), torch.tensor([4, 5, 3])
+    expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    (slope,) = torch.autograd.grad(expected, hidden)
+    objective, nll = loss.summed_losses(head, hidden, targets, smoothing=0.0)
+    torch.testing.assert_close(nll, expected)
+    (found,) = torch.autograd.grad(objective, hidden)
+    torch.testing.assert_close(found, slope)

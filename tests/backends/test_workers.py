@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ torch = pytest.importorskip("torch")
 
 from backends.cuda.workers import Workers  # noqa: E402
 from core.errors import OutOfMemoryError  # noqa: E402
-from tests.backends.conftest import make_batch, open_learner  # noqa: E402
+from tests.backends.conftest import ROOT, make_batch, open_learner  # noqa: E402
+from tests.tiny import make_model  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -45,6 +48,14 @@ def test_order_mode_and_threads(threads: int) -> None:
     assert not any(has_gradients for _, has_gradients, _ in done)
     assert len({name for _, _, name in done}) == threads
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("cores", "threads", "each"), [(1, 1, 1), (2, 2, 1), (8, 8, 1), (12, 6, 2), (64, 8, 8)])
+def test_no_core_is_left_idle(monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, each: int) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    workers = Workers(CPU, mode=without_gradients)
+    assert (workers.num_threads, workers._cores_each) == (threads, each)
+    assert Workers(CPU, mode=without_gradients, alone=True).num_threads == 1
 
 
 def test_asks_for_a_few_pieces_ahead_only(threads: int) -> None:
@@ -102,8 +113,30 @@ def test_no_memory_in_a_thread_is_the_same_one_line(folders: dict[str, Path], mo
         torch.empty(2**50)
 
     hook = learner.model.model.layers[1].register_forward_hook(too_much)
-    with pytest.raises(OutOfMemoryError, match="in an evaluation with 2 x 12 tokens"):
+    with pytest.raises(OutOfMemoryError, match="in an evaluation with 2 x 12 tokens at a time, 2 batches side by side"):
         learner.evaluate([make_batch((12, 9))] * 4)
     hook.remove()
     assert learner.evaluate([make_batch((12, 9))]).mean > 0
     assert learner.model.training
+
+
+def test_layers_that_are_left_out_give_the_same_bits_on_two_cores(tmp_path: Path) -> None:
+    """With products large enough for a BLAS to split them."""
+    folder = make_model(tmp_path / "model", hidden_size=256, intermediate_size=512, num_layers=2)
+    code = (
+        "import sys, torch, numpy as np\n"
+        "from pathlib import Path\n"
+        "from tests.backends.conftest import make_batch, open_learner\n"
+        "torch.set_num_threads(2)\n"
+        "rows = [make_batch((length,)).inputs[0] for length in (90, 33, 61)]\n"
+        "half = {'rank': 4, 'alpha': 8, 'dropout': 0.0, 'frozen_fraction': 0.5}\n"
+        "found = []\n"
+        "for settings in ({}, {'low_memory': True}):\n"
+        "    learner = open_learner('cuda', Path(sys.argv[1]), model={'bits': 16, **settings}, lora=half)\n"
+        "    found.append([prefix.states for prefix in learner.prefixes(rows)])\n"
+        "for one, other in zip(*found, strict=True):\n"
+        "    np.testing.assert_array_equal(one, other)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
