@@ -16,9 +16,9 @@ skip_without("cuda")
 torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
+from backends.cuda.attention import ATTENTION  # noqa: E402
 from backends.cuda.experts import IMPLEMENTATION  # noqa: E402
 from backends.cuda.learner import weights_of  # noqa: E402
-from backends.cuda.attention import ATTENTION  # noqa: E402
 from backends.cuda.streaming import empty_model, load_in_pieces, planned_weights  # noqa: E402
 from benchmarks.common import make_batches, usual_load_options  # noqa: E402
 from benchmarks.mixtral import SHAPES  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from core.adapter import Adapter, plan_adapter
 from core.architecture import read_architecture
 from core.config import LoraConfig
 from data import token_cache
+from tests.pictures import draw, draw_blank
 from tests.tiny import make_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "grey", "pink", "brown")
@@ -50,6 +51,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "colours.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blank_pictures() -> Iterator[None]:
+    """Runs draw nothing; a test that looks at a picture uses `drawn`, a module of such tests overrides this."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_blank(patch)
+        yield
+
+
+@pytest.fixture
+def drawn(blank_pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are real ones."""
+    draw(monkeypatch)
 
 
 @dataclass(frozen=True)

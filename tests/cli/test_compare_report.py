@@ -55,6 +55,7 @@ def here(workplace: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> R
     return run_cli
 
 
+@pytest.mark.usefixtures("drawn")
 def test_compare_says_what_differs_and_which_is_better(here: RunCli, tmp_path: Path) -> None:
     result = here("compare", "slow", "fast", "--output", tmp_path / "out")
     assert result.code == 0, result.err

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from backends import peer as peer_process
 from core.adapter_files import MLX_WEIGHTS, PEFT_WEIGHTS, write_adapter
 from tests.cli.conftest import Result, filled_adapter, write_rows
 from tests.tiny import VOCAB_SIZE, make_model
+from tests.warm import WarmPython
 
 for package in ("torch", "peft", "mlx_lm"):
     pytest.importorskip(package)
@@ -51,6 +56,11 @@ for adapter in adapters:
 np.save(out, found)
 """
 IN = {"peft": IN_PEFT, "mlx": IN_MLX}
+LOADED = {
+    "peft": ("peft", *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral"))),
+    "mlx": ("mlx_lm.lora", "mlx_lm.models.llama", "mlx_lm.models.mixtral"),
+}
+Warm = Mapping[str, WarmPython]
 
 MLX_ALL = ["--num-layers", "-1"]
 TRL = ["--lora_r", "4", "--lora_alpha", "9"]
@@ -84,61 +94,70 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_process(*command: object, cwd: Path) -> None:
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Warm]:
+    """A process with each library, as loading them takes longer than all that these tests do with them."""
+    with ExitStack() as stack:
+        trl = ("trl", "trl.scripts.sft", "trl.trainer.sft_trainer") if importlib.util.find_spec("trl") else ()
+        yield {
+            form: stack.enter_context(WarmPython(*LOADED[form], *(trl if form == "peft" else ())))
+            for form in ("peft", "mlx")
+        }
+
+
+@pytest.fixture
+def proven_in_warm_processes(warm: Warm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`convert` starts no interpreter for its proof."""
+
+    def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        backend = json.loads(command[-1])["backend"]
+        form = next(form for form, name in peer_process.BACKENDS.items() if name == backend)
+        return warm[form].run(command, **options)
+
+    monkeypatch.setattr(peer_process, "subprocess", SimpleNamespace(run=run))
+
+
+def in_process(warm: WarmPython, *command: object, cwd: Path) -> None:
+    done = warm.run(
+        [sys.executable, *(str(part) for part in command)], cwd=cwd, env={**os.environ, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def train_with_peer(form: str, model: str, options: list[str], *, bench: Path, out: Path) -> Path:
-    """Eight steps of `mlx_lm.lora`, or four of `trl sft`: the peers' own commands."""
+def train_with_peer(form: str, model: str, options: list[str], *, warm: Warm, bench: Path, out: Path) -> Path:
+    """Eight steps of `mlx_lm.lora`, or four of the script that `trl sft` starts: the peers' own commands."""
     if form == "mlx":
-        command = [sys.executable, "-m", "mlx_lm", "lora", "--train", "--model", model, "--data", "data"]
+        command = ["-m", "mlx_lm", "lora", "--train", "--model", model, "--data", "data"]
         command += ["--iters", "8", "--batch-size", "2", "--learning-rate", "1e-2", "--val-batches", "1"]
         command += ["--adapter-path", str(out), *options]
     else:
         pytest.importorskip("trl")
-        command = [
-            sys.executable,
-            "-c",
-            "from trl.cli import main; main()",
-            "sft",
-            "--model_name_or_path",
-            model,
-            "--dataset_name",
-            "data",
-        ]
+        command = ["-m", "trl.scripts.sft", "--model_name_or_path", model, "--dataset_name", "data"]
         command += ["--use_peft", "--max_steps", "4", "--learning_rate", "1e-2", "--per_device_train_batch_size", "2"]
         command += ["--output_dir", str(out), "--report_to", "none", "--use_cpu", "--bf16", "false"]
         command += ["--dtype", "float32", *options]
-    in_process(*command, cwd=bench)
+    in_process(warm[form], *command, cwd=bench)
     return out
 
 
-def logits_in(form: str, model: Path, *adapters: Path | None, scratch: Path) -> np.ndarray:
+def logits_in(form: str, model: Path, *adapters: Path | None, warm: Warm, scratch: Path) -> np.ndarray:
     """float32 [adapters, 1, T, V]"""
     out = scratch / f"logits-{form}.npy"
     folders = [adapter or "" for adapter in adapters]
-    in_process(sys.executable, "-c", IN[form], model, json.dumps(TOKENS), out, *folders, cwd=scratch)
+    in_process(warm[form], "-c", IN[form], model, json.dumps(TOKENS), out, *folders, cwd=scratch)
     found: np.ndarray = np.load(out)
     return found
 
 
+@pytest.mark.usefixtures("proven_in_warm_processes")
 @pytest.mark.parametrize("peer", PEERS)
 def test_adapter_of_a_peer_there_and_back(
-    peer: str, bench: Path, tmp_path: Path, run_cli: Callable[..., Result]
+    peer: str, bench: Path, warm: Warm, tmp_path: Path, run_cli: Callable[..., Result]
 ) -> None:
     form, name, options = PEERS[peer]
     other = "mlx" if form == "peft" else "peft"
     model = bench / name
-    given = train_with_peer(form, name, options, bench=bench, out=tmp_path / "given")
+    given = train_with_peer(form, name, options, warm=warm, bench=bench, out=tmp_path / "given")
     rows = ("--model", model, "--data", bench / "rows.jsonl")
 
     there = run_cli("convert", given, "--to", other, "--output", "there", *rows)
@@ -147,21 +166,24 @@ def test_adapter_of_a_peer_there_and_back(
     assert back.code == 0, back.err
     assert "python cli.py train --init-adapter there-" in back.out
 
-    base, expected, again = logits_in(form, model, None, given, tmp_path / f"there-{form}", scratch=tmp_path)
-    (elsewhere,) = logits_in(other, model, tmp_path / "there", scratch=tmp_path)
+    base, expected, again = logits_in(form, model, None, given, tmp_path / f"there-{form}", warm=warm, scratch=tmp_path)
+    (elsewhere,) = logits_in(other, model, tmp_path / "there", warm=warm, scratch=tmp_path)
     assert np.abs(expected - base).max() > 0.1
     np.testing.assert_allclose(elsewhere, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(again, expected, rtol=0, atol=TOLERANCE)
 
 
-def test_rank_patterns_and_chosen_layers_of_peft(bench: Path, tmp_path: Path, run_cli: Callable[..., Result]) -> None:
+def test_rank_patterns_and_chosen_layers_of_peft(
+    bench: Path, warm: Warm, tmp_path: Path, run_cli: Callable[..., Result]
+) -> None:
+    """Its `convert` starts interpreters for the proof, as a user's does."""
     model, given = bench / "llama", tmp_path / "given"
-    in_process(sys.executable, "-c", MADE_BY_PEFT, model, given, cwd=tmp_path)
+    in_process(warm["peft"], "-c", MADE_BY_PEFT, model, given, cwd=tmp_path)
     options = ("--model", model, "--data", bench / "rows.jsonl")
     result = run_cli("convert", given, "--to", "mlx", "--output", "there", *options)
     assert result.code == 0, result.err
-    base, expected = logits_in("peft", model, None, given, scratch=tmp_path)
-    (found,) = logits_in("mlx", model, tmp_path / "there", scratch=tmp_path)
+    base, expected = logits_in("peft", model, None, given, warm=warm, scratch=tmp_path)
+    (found,) = logits_in("mlx", model, tmp_path / "there", warm=warm, scratch=tmp_path)
     assert np.abs(expected - base).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 

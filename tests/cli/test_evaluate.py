@@ -57,6 +57,7 @@ def report_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.usefixtures("drawn")
 def test_both_sides_on_the_test_split(run_cli: Cli, run: Path) -> None:
     result = run_cli("evaluate", run, "--max-tokens", 24)
     assert result.code == 0, result.err

@@ -56,6 +56,11 @@ def command(model: Path, rows: Path, *more: object) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def blank_pictures() -> None:
+    """That of the folds is drawn; `_quick` leaves out those of the runs."""
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _quick() -> Iterator[None]:
     """Every run overfits after its third step, and draws no curves, which cost as much time as all else."""
     update = EarlyStopping.update

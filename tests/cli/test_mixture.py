@@ -30,6 +30,7 @@ def records_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("backend", ["mlx", "cuda"])
 def test_a_trained_router_from_command_to_plot(
     train: Train, run_cli: Train, mixtral: Path, tmp_path: Path, backend: str

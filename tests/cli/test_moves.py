@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from tests.cli.test_without_the_other import MLX, ROOT, TORCH, packages_without
 from tests.tiny import make_model
 
 Train = Callable[..., Result]
+Stop = Callable[..., None]
 LONG = ("--lr", "1e-2", "--max-steps", "20", "--epochs", "8", "--eval-every", "5", "--set", "log.every=1")
 OTHER = {"mlx": "cuda", "cuda": "mlx"}
 
@@ -39,16 +41,27 @@ def both_backends() -> None:
         skip_without(backend)
 
 
-@pytest.fixture
-def stopped(train: Train, monkeypatch: pytest.MonkeyPatch) -> Train:
-    """A run of 20 steps that is interrupted after the tenth."""
+@pytest.fixture(scope="module")
+def stopped_before(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where copies of the runs lie that tests stopped: the next test that wants the same run need not train."""
+    return tmp_path_factory.mktemp("stopped")
 
-    def run(*arguments: object, step: int = 10) -> Result:
+
+@pytest.fixture
+def stopped(train: Train, stopped_before: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stop:
+    """A run of 20 steps that is interrupted after the tenth; a patched one is for no other test."""
+
+    def run(*arguments: object, step: int = 10, is_patched: bool = False) -> None:
+        kept = stopped_before / hashlib.sha256(repr([step, *map(str, arguments)]).encode()).hexdigest()
+        if kept.exists() and not is_patched:
+            shutil.copytree(kept, tmp_path / "run")
+            return
         with monkeypatch.context() as patch:
             interrupt_after(patch, step)
             result = train(*LONG, *arguments)
         assert result.code == 130, result
-        return result
+        if not is_patched:
+            shutil.copytree(tmp_path / "run", kept)
 
     return run
 
@@ -71,7 +84,7 @@ def newest_checkpoint(run: Path) -> Path:
 @pytest.mark.parametrize("first", ["mlx", "cuda"])
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_ten_steps_and_ten_on_the_other_backend_are_twenty(
-    train: Train, stopped: Train, run_cli: Train, tmp_path: Path, first: str, optimizer: str
+    train: Train, stopped: Stop, run_cli: Train, tmp_path: Path, first: str, optimizer: str
 ) -> None:
     settings = ("--dropout", 0, "--set", f"optim.name={optimizer}", "--set", "optim.label_smoothing=0.1")
     assert train(*LONG, *settings, "--backend", first, "--output", "whole").code == 0
@@ -109,7 +122,7 @@ def check_verdict(run: Path, whole: Path, first: str) -> None:
     assert ours["backend"] == OTHER[first]
 
 
-def test_there_and_back_again(stopped: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_and_back_again(stopped: Stop, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three stretches; patience counts on through all of them; `monitor` and config.yaml say where the run is."""
     stopped("--backend", "mlx", "--patience", 1, "--set", "guard.min_delta=50", step=4)
     with monkeypatch.context() as patch:
@@ -132,7 +145,7 @@ def test_there_and_back_again(stopped: Train, run_cli: Train, tmp_path: Path, mo
 
 
 def test_steps_that_were_lost_are_in_no_stretch(
-    stopped: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Stop, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA takes over at step 10, dies before it saves anything, and MLX goes on at step 10."""
     import core.session
@@ -153,14 +166,14 @@ def test_steps_that_were_lost_are_in_no_stretch(
     assert stretches(read(tmp_path / "run" / "training_summary.json")["moves"]) == [("mlx", 0)]
 
 
-def test_before_the_first_checkpoint_it_starts_where_it_is(stopped: Train, run_cli: Train, tmp_path: Path) -> None:
+def test_before_the_first_checkpoint_it_starts_where_it_is(stopped: Stop, run_cli: Train, tmp_path: Path) -> None:
     stopped("--backend", "mlx", step=0)
     result = run_cli("train", "--resume", "run", "--backend", "cuda")
     assert result.code == 0 and "no checkpoint yet" in result.out and "hand-off" not in result.out
     assert stretches(read(tmp_path / "run" / "training_summary.json")["moves"]) == [("cuda", 0)]
 
 
-def test_a_run_from_an_adapter_moves(stopped: Train, run_cli: Train, model: Path, tmp_path: Path) -> None:
+def test_a_run_from_an_adapter_moves(stopped: Stop, run_cli: Train, model: Path, tmp_path: Path) -> None:
     """Before its first evaluation after a step, the rows are replayed with the adapter that it started from."""
     initial = filled_adapter(model)
     write_adapter(tmp_path / "initial", initial, base_model=str(model))
@@ -174,7 +187,7 @@ def test_a_run_from_an_adapter_moves(stopped: Train, run_cli: Train, model: Path
 # --- what is said, and what is checked --------------------------------------------------------------------------------
 
 
-def test_dropout_and_four_bits_are_named(stopped: Train, run_cli: Train) -> None:
+def test_dropout_and_four_bits_are_named(stopped: Stop, run_cli: Train) -> None:
     """Two roundings of the base: the losses differ, which is said and is no warning."""
     stopped("--backend", "mlx", "--bits", 4, "--dropout", 0.1)
     result = run_cli("train", "--resume", "run", "--backend", "cuda")
@@ -186,7 +199,7 @@ def test_dropout_and_four_bits_are_named(stopped: Train, run_cli: Train) -> None
 
 
 def test_the_best_adapter_of_another_base_is_no_mistake_at_the_end(
-    stopped: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Stop, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was measured on MLX's 4-bit weights is not held against NF4's when the best adapter is saved and checked."""
     from core.early_stopping import EarlyStopping
@@ -200,7 +213,7 @@ def test_the_best_adapter_of_another_base_is_no_mistake_at_the_end(
 
 
 def test_what_is_compared_with_is_measured_again_on_another_base(
-    stopped: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Stop, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Base and best loss, gap and patience are those of NF4 from then on: in the verdict and in every checkpoint.
 
@@ -212,7 +225,8 @@ def test_what_is_compared_with_is_measured_again_on_another_base(
     real = module.measure_gap
     with monkeypatch.context() as patch:
         patch.setattr(module, "measure_gap", lambda *args, **more: lowered(real(*args, **more)))
-        stopped("--backend", "mlx", "--bits", 4, "--dropout", 0, "--patience", 1, "--set", "guard.min_delta=0.01")
+        patience = ("--dropout", 0, "--patience", 1, "--set", "guard.min_delta=0.01")
+        stopped("--backend", "mlx", "--bits", 4, *patience, is_patched=True)
     before = read(newest_checkpoint(tmp_path / "run") / "trainer.json")
     result = run_cli("train", "--resume", "run", "--backend", "cuda")
     assert result.code == 0, result
@@ -246,12 +260,12 @@ def measured_with_nf4(run: Path, before: dict[str, Any]) -> tuple[float, float]:
         return base, learner.evaluate(job.data.validation).mean
 
 
-def test_on_the_same_base_nothing_is_measured_again(stopped: Train, run_cli: Train) -> None:
+def test_on_the_same_base_nothing_is_measured_again(stopped: Stop, run_cli: Train) -> None:
     stopped("--backend", "mlx")
     assert "  measured " not in run_cli("train", "--resume", "run", "--backend", "cuda").out
 
 
-def test_a_compute_type_that_differs_is_named(stopped: Train, run_cli: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compute_type_that_differs_is_named(stopped: Stop, run_cli: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that says it comes from an accelerator: bfloat16 there, float32 here."""
     from core.moves import Place
 
@@ -260,14 +274,14 @@ def test_a_compute_type_that_differs_is_named(stopped: Train, run_cli: Train, mo
         patch.setattr(
             Place, "to_dict", lambda self, moves: {**real(self, moves), "accelerator": True, "compute": "bfloat16"}
         )
-        stopped("--backend", "mlx")
+        stopped("--backend", "mlx", is_patched=True)
     result = run_cli("train", "--resume", "run", "--backend", "cuda")
     assert result.code == 0 and "differs  compute type: bfloat16 there, float32 here" in result.out
     assert "  measured base model " in result.out
 
 
 def test_a_new_end_that_computes_something_else_is_warned_of(
-    stopped: Train, run_cli: Train, monkeypatch: pytest.MonkeyPatch
+    stopped: Stop, run_cli: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The adapter's scale is another one on the new backend, as by another reading of alpha."""
     from core.adapter import Adapter
@@ -280,7 +294,7 @@ def test_a_new_end_that_computes_something_else_is_warned_of(
 
 
 def test_an_adapter_that_does_nothing_at_the_new_end_is_warned_of(
-    stopped: Train, run_cli: Train, monkeypatch: pytest.MonkeyPatch
+    stopped: Stop, run_cli: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values that are silently skipped look like a healthy base model."""
     from backends.mlx.learner import MlxLearner
@@ -291,14 +305,14 @@ def test_an_adapter_that_does_nothing_at_the_new_end_is_warned_of(
     assert "warning: hand-off: the adapter does not change the output of the base model" in result.out
 
 
-def test_a_damaged_proof_does_not_stop_the_run(stopped: Train, run_cli: Train, tmp_path: Path) -> None:
+def test_a_damaged_proof_does_not_stop_the_run(stopped: Stop, run_cli: Train, tmp_path: Path) -> None:
     stopped("--backend", "mlx")
     (tmp_path / "run" / "row_losses" / "step10.safetensors").write_bytes(b"")
     result = run_cli("train", "--resume", "run", "--backend", "cuda")
     assert result.code == 0 and "hand-off step 5: validation loss" in result.out
 
 
-def test_eight_bit_moments_are_dequantised(stopped: Train, run_cli: Train, tmp_path: Path) -> None:
+def test_eight_bit_moments_are_dequantised(stopped: Stop, run_cli: Train, tmp_path: Path) -> None:
     """A checkpoint as a GPU leaves it goes on with MLX, near to where 32 bits lead."""
     pytest.importorskip("bitsandbytes")
     from backends.cuda.optim import quantised
@@ -324,7 +338,7 @@ def test_eight_bit_moments_are_dequantised(stopped: Train, run_cli: Train, tmp_p
 
 
 def test_a_run_folder_model_and_data_in_other_places(
-    stopped: Train, run_cli: Train, model: Path, tmp_path: Path
+    stopped: Stop, run_cli: Train, model: Path, tmp_path: Path
 ) -> None:
     data = write_rows(tmp_path / "rows.jsonl")
     shutil.copytree(model, tmp_path / "model")
@@ -345,7 +359,7 @@ def test_a_run_folder_model_and_data_in_other_places(
 
 
 def test_another_model_other_data_or_other_settings_are_refused_and_leave_all_as_it_was(
-    stopped: Train, run_cli: Train, model: Path, tmp_path: Path
+    stopped: Stop, run_cli: Train, model: Path, tmp_path: Path
 ) -> None:
     stopped("--backend", "mlx")
     other = make_model(tmp_path / "other", seed=5)
@@ -361,7 +375,7 @@ def test_another_model_other_data_or_other_settings_are_refused_and_leave_all_as
 
 
 def test_a_missing_backend_gives_way(
-    stopped: Train, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Stop, run_cli: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from backends.mlx.backend import MlxBackend
 
@@ -376,7 +390,7 @@ def test_a_missing_backend_gives_way(
 
 @pytest.mark.parametrize(("first", "left_out"), [("mlx", MLX), ("cuda", TORCH)])
 def test_a_run_goes_on_where_its_backend_is_not_installed(
-    stopped: Train, tmp_path: Path, first: str, left_out: tuple[str, ...]
+    stopped: Stop, tmp_path: Path, first: str, left_out: tuple[str, ...]
 ) -> None:
     """The same command on a machine with the other backend only, in a process that can't import this one."""
     stopped("--backend", first)
@@ -397,12 +411,12 @@ def test_a_run_goes_on_where_its_backend_is_not_installed(
 # --- MLX's own 4-bit weights ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quantised_model(model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def quantised_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as mlx-lm quantises it: other files, the same architecture."""
     from mlx_lm.utils import load_model, quantize_model, save
 
-    made = tmp_path / "mlx-4bit"
+    made = tmp_path_factory.mktemp("quantised") / "mlx-4bit"
     module, raw = load_model(model, model_config={"tie_word_embeddings": False})
     module, raw = quantize_model(module, raw, group_size=64, bits=4)
     shutil.copytree(model, made)
@@ -412,7 +426,7 @@ def quantised_model(model: Path, tmp_path: Path) -> Path:
 
 
 def test_from_a_quantised_folder_to_the_original_model(
-    stopped: Train, run_cli: Train, model: Path, quantised_model: Path, tmp_path: Path
+    stopped: Stop, run_cli: Train, model: Path, quantised_model: Path, tmp_path: Path
 ) -> None:
     stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
     assert_refused(run_cli("train", "--resume", "run", "--backend", "cuda"), "which only MLX can read", "--model")
@@ -427,7 +441,7 @@ def test_from_a_quantised_folder_to_the_original_model(
 
 
 def test_another_model_of_the_same_shape_is_refused_by_its_losses(
-    stopped: Train, run_cli: Train, quantised_model: Path, tmp_path: Path
+    stopped: Stop, run_cli: Train, quantised_model: Path, tmp_path: Path
 ) -> None:
     stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
     kept = contents(tmp_path / "run")
@@ -439,7 +453,7 @@ def test_another_model_of_the_same_shape_is_refused_by_its_losses(
 
 
 def test_a_model_whose_files_say_something_else_is_refused(
-    stopped: Train, run_cli: Train, quantised_model: Path, tmp_path: Path
+    stopped: Stop, run_cli: Train, quantised_model: Path, tmp_path: Path
 ) -> None:
     stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
     other = make_model(tmp_path / "other", rope_theta=50000.0, new_rope_style=True)
@@ -452,7 +466,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_on_one_backend_other_weights_stay_refused(
-    stopped: Train, run_cli: Train, model: Path, quantised_model: Path
+    stopped: Stop, run_cli: Train, model: Path, quantised_model: Path
 ) -> None:
     stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
     refused = run_cli("train", "--resume", "run", "--backend", "mlx", "--model", model)
@@ -460,7 +474,7 @@ def test_on_one_backend_other_weights_stay_refused(
 
 
 def test_a_checkpoint_that_does_not_say_its_architecture(
-    stopped: Train, run_cli: Train, model: Path, quantised_model: Path, tmp_path: Path
+    stopped: Stop, run_cli: Train, model: Path, quantised_model: Path, tmp_path: Path
 ) -> None:
     """As older versions wrote them: the model's files must be the same; then it moves as any other."""
     stopped("--backend", "mlx", "--model", quantised_model, "--bits", 4)
@@ -469,7 +483,7 @@ def test_a_checkpoint_that_does_not_say_its_architecture(
     assert_refused(refused, "the model changed since step 10")
 
 
-def test_an_older_checkpoint_moves(stopped: Train, run_cli: Train, tmp_path: Path) -> None:
+def test_an_older_checkpoint_moves(stopped: Stop, run_cli: Train, tmp_path: Path) -> None:
     stopped("--backend", "mlx")
     forget_places(tmp_path / "run")
     result = run_cli("train", "--resume", "run", "--backend", "cuda")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import yaml
 
 from core.journal import COLUMNS, MACHINE_FIELDS
 from tests.cli.conftest import Result
+from tests.warm import WarmPython
 
 Train = Callable[..., Result]
 ROOT = Path(__file__).resolve().parents[2]
 LEARN = ("--lr", "2e-2", "--max-steps", "20", "--epochs", "5", "--eval-every", "5", "--set", "log.every=2")
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("backend", ["mlx", "cuda"])
 def test_a_run_leaves_what_the_specification_names(train: Train, tmp_path: Path, backend: str) -> None:
     result = train("--backend", backend, *LEARN)
@@ -174,15 +176,31 @@ def test_tokens_from_the_environment_reach_no_file(
         assert not path.is_file() or b"a-very-secret-value" not in path.read_bytes(), path
 
 
+# enough steps that a signal falls between them
+MANY_STEPS = ("--max-steps", "100", "--epochs", "50", "--eval-every", "50", "--set", "log.every=10")
+
+
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmPython]:
+    llama = "transformers.models.llama.modeling_llama"
+    with WarmPython("datasets", "matplotlib.figure", "peft", llama, "backends.cuda.learner") as python:
+        yield python
+
+
+@pytest.fixture(scope="module")
+def whole(warm: WarmPython, model: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted, in a process without MLX, like those that it is compared with."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = warm.run(base_command(model, rows, *MANY_STEPS, "--output", str(folder)), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_at_the_step_boundary_and_resume_ends_where_it_would_have(
-    model: Path, rows: Path, tmp_path: Path, number: signal.Signals
+    model: Path, rows: Path, warm: WarmPython, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    # enough steps that the signal falls between them
-    settings = ("--max-steps", "150", "--epochs", "50", "--eval-every", "50", "--set", "log.every=10")
-    start = base_command(model, rows, *settings)
-    whole = subprocess.run([*start, "--output", str(tmp_path / "whole")], cwd=ROOT, capture_output=True, check=False)
-    assert whole.returncode == 0, whole.stderr
+    start = base_command(model, rows, *MANY_STEPS)
     process = subprocess.Popen([*start, "--output", str(tmp_path / "parts")], cwd=ROOT, stdout=subprocess.PIPE)
     wait_for_step(tmp_path / "parts", 10)
     process.send_signal(number)
@@ -190,24 +208,18 @@ def test_a_signal_ends_at_the_step_boundary_and_resume_ends_where_it_would_have(
     assert process.returncode == 128 + number, out
     assert f"python cli.py train --resume {tmp_path / 'parts'}".encode() in out
     state = json.loads((tmp_path / "parts" / "training_state.json").read_text())
-    assert state["status"] == "interrupted" and 10 <= state["step"] < 150
-    again = subprocess.run(
-        [sys.executable, "cli.py", "train", "--resume", str(tmp_path / "parts")],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-    )
+    assert state["status"] == "interrupted" and 10 <= state["step"] < 100
+    again = warm.run([sys.executable, "-m", "cli", "train", "--resume", str(tmp_path / "parts")], cwd=ROOT)
     assert again.returncode == 0, again.stderr
-    left, right = (plain_metrics(tmp_path / name) for name in ("whole", "parts"))
-    assert left == right
+    assert plain_metrics(whole) == plain_metrics(tmp_path / "parts")
     names = ("adapter_model.safetensors", "adapters.safetensors")
     for name in names:
-        assert (tmp_path / "whole/adapters" / name).read_bytes() == (tmp_path / "parts/adapters" / name).read_bytes()
+        assert (whole / "adapters" / name).read_bytes() == (tmp_path / "parts/adapters" / name).read_bytes()
 
 
 def base_command(model: Path, rows: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "cli.py", "train", "--backend", "cuda", "--device", "cpu", "--bits", "16"),
+        *(sys.executable, "-m", "cli", "train", "--backend", "cuda", "--device", "cpu", "--bits", "16"),
         *("--model", str(model), "--data", str(rows), "--max-tokens", "96", *more),
     ]
 
@@ -227,20 +239,14 @@ def plain_metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if k not in MACHINE_FIELDS} for record in records]
 
 
-def test_two_processes_can_not_train_into_one_run(model: Path, rows: Path, tmp_path: Path) -> None:
+def test_two_processes_can_not_train_into_one_run(run_cli: Train, model: Path, rows: Path, tmp_path: Path) -> None:
     command = base_command(model, rows, "--max-steps", "2000", "--epochs", "900", "--output", str(tmp_path / "run"))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
         wait_for_step(tmp_path / "run", 10)
-        second = subprocess.run(
-            [sys.executable, "cli.py", "train", "--resume", str(tmp_path / "run")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert second.returncode == 2
-        assert "another process is training here" in second.stderr
+        second = run_cli("train", "--resume", tmp_path / "run")
+        assert second.code == 2
+        assert "another process is training here" in second.err
     finally:
         process.kill()
         process.wait()

@@ -13,6 +13,7 @@ is first counted, then killed at points spread over its whole length, and at one
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -179,6 +180,7 @@ def preload(backend: str) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
+    import pytest
 
     import core.workflow.train  # noqa: F401
 
@@ -199,6 +201,11 @@ def preload(backend: str) -> None:
 
         import backends.mlx.learner
         import backends.mlx.model  # noqa: F401
+    from tests.pictures import draw_blank
+
+    draw_blank(pytest.MonkeyPatch())
+    gc.collect()
+    gc.freeze()  # a child collects what it made itself
 
 
 if __name__ == "__main__":
