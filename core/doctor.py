@@ -67,7 +67,7 @@ BASE_PACKAGES = {
 }
 """Lowest versions, as in pyproject.toml (a test compares the two)."""
 BACKEND_PACKAGES: Mapping[str, Mapping[str, str]] = {
-    "mlx": {"mlx": "0.30", "mlx-lm": "0.32"},
+    "mlx": {"mlx": "0.32.2", "mlx-lm": "0.32"},
     "cuda": {"torch": "2.11", "peft": "0.19", "accelerate": "1.10", "bitsandbytes": "0.49"},
 }
 TRACKER_KEYS = {"wandb": "WANDB_API_KEY"}

@@ -7,8 +7,10 @@ backward (`model.stream_layers`). What these functions do waits for the device a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ States = tuple[mx.array, mx.array | None]
 """Of a row: what enters the first layer with an adapter, [T, D]; of a mixture, `core.protocols.Prefix.routed`."""
 
 
-def prefixes(network: Network, rows: Sequence[TokenArray]) -> Iterator[States]:
+def prefixes(network: Network, rows: Sequence[TokenArray]) -> Generator[States, None, None]:
     """Of each row, token ids [T], its states; one row at a time, without padding.
 
     Where the layers' weights are absent they are read one layer at a time, and a whole portion of the rows goes through
@@ -38,7 +40,9 @@ def prefixes(network: Network, rows: Sequence[TokenArray]) -> Iterator[States]:
     if network.read_again is None:
         if network.packs_rows:
             work = functools.partial(_states_of_row, network)
-            yield from map_on_cores(work, rows, count=num_cores())
+            # One core for each product: a row's bits don't depend on how many rows there are.
+            with closing(map_on_cores(work, rows, count=num_cores(), blas=1)) as found:
+                yield from found
             return
         for row in rows:
             yield _of_row(*_below(network, network.module.layers, network.frozen, _embedded(network, row)))
@@ -50,7 +54,7 @@ def prefixes(network: Network, rows: Sequence[TokenArray]) -> Iterator[States]:
 def _states_of_row(network: Network, row: TokenArray) -> States:
     with building:
         states = _of_row(*_below(network, network.module.layers, network.frozen, _embedded(network, row)))
-    mx.eval(states)
+    mx.eval(states)  # waits here: no other thread may wait for this one's stream
     return states
 
 
@@ -121,6 +125,10 @@ class StreamedPart:
     loss: Callable[[mx.array], tuple[mx.array, mx.array]]
     """Of hidden states after the final norm the objective and what to report."""
 
+    @property
+    def num_positions(self) -> int:
+        return math.prod(self.tokens.shape[: 2 if self.layout is None else 1])
+
 
 def streamed_gradients(
     network: Network, parameters: Arrays, parts: Sequence[StreamedPart]
@@ -128,10 +136,23 @@ def streamed_gradients(
     """What each part's `loss` says, and the gradient of its objective with respect to `parameters`; a layer at a time.
 
     Forward, only each layer's inputs are kept; backward, from the last layer down, its weights are read again and its
-    gradients are taken at once. So one layer's weights and activations are in memory at a time.
+    gradients are taken at once. So one layer's weights and activations are in memory at a time. All layers are read
+    once for as many parts as have room for these inputs together (`core.portions`).
     """
+    num_bytes = network.module.model.norm.weight.nbytes * len(network.module.layers)
+    positions = [np.broadcast_to(np.int32(0), part.num_positions) for part in parts]
+    rest, found = iter(parts), []
+    for portion in portions(positions, bytes_per_token=num_bytes):
+        found += _gradients_together(network, parameters, list(itertools.islice(rest, len(portion))))
+    return found
+
+
+def _gradients_together(
+    network: Network, parameters: Arrays, parts: Sequence[StreamedPart]
+) -> list[tuple[mx.array, dict[str, mx.array]]]:
     entered = [network.entering(part.tokens) for part in parts]
     states, numbers = [hidden for hidden, _ in entered], entered[0][1]
+    assert all(others == numbers for _, others in entered), "parts that enter at different layers"
     layers = _read_again(network)
     entering: list[list[mx.array]] = []
     for number in numbers:

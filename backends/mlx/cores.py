@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
+import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TypeVar
 
 import mlx.core as mx
@@ -26,49 +29,78 @@ Made = TypeVar("Made")
 building = threading.Lock()
 """Held while a graph is written down: that goes through the model's modules, which know one adapter at a time."""
 
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Linux, cgroup v2: microseconds of processor time, or "max", and the period in which a container may use them."""
+
 _own = threading.local()
 
 
+@functools.cache
 def num_cores() -> int:
     """Cores that this process may use, which in a container is fewer than the machine has."""
     affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    found = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, min(found, _quota() or found))
 
 
-def map_on_cores(function: Callable[[Given], Made], given: Iterable[Given], *, count: int) -> Iterator[Made]:
-    """`function` of each of `given`, in their order; up to `count` at a time, each on a thread and a stream of its own.
+def _quota() -> int | None:
+    """Whole cores that a container's share of the processor needs; None without a limit."""
+    try:
+        quota, period = (int(number) for number in _CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+    return math.ceil(quota / period) if period else None
 
-    What `function` returns must be computed already: no other thread may wait for this one's stream.
+
+def map_on_cores(
+    function: Callable[[Given], Made], given: Iterable[Given], *, count: int, blas: int | None = None
+) -> Generator[Made, None, None]:
+    """`function` of each of `given`, in their order; several at a time, each on a thread and a stream of its own.
+
+    What `function` returns must be computed already: no other thread may wait for this one's stream. Until the
+    generator is closed, BLAS is held to fewer cores: use `contextlib.closing`.
+
+    Args:
+        count: at most so many at a time. What is alone is computed on this thread.
+        blas: cores that BLAS uses for each; None: what the number at a time leaves, so that few keep all cores busy.
     """
-    if count == 1:
-        yield from map(function, given)
-        return
+    rest = iter(given)
+    first = list(itertools.islice(rest, count))
+    at_once = max(1, len(first))
+    with blas_threads(blas or max(1, num_cores() // at_once)):
+        if at_once == 1:
+            yield from map(function, itertools.chain(first, rest))
+        else:
+            yield from _on_threads(function, itertools.chain(first, rest), at_once)
+
+
+def _on_threads(function: Callable[[Given], Made], given: Iterable[Given], at_once: int) -> Generator[Made, None, None]:
     waiting: collections.deque[Future[Made]] = collections.deque()
-    with blas_threads(max(1, num_cores() // count)):
-        try:
-            for one in given:
-                waiting.append(_pool(count).submit(_on_own_stream, function, one))
-                # One more than there are threads, so that none of them waits for this one.
-                if len(waiting) > count:
-                    yield waiting.popleft().result()
-            while waiting:
+    gate = threading.Semaphore(at_once)
+    try:
+        for one in given:
+            waiting.append(_pool().submit(_on_own_stream, gate, function, one))
+            # One more than may run, so that no thread waits for this one.
+            if len(waiting) > at_once:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-            wait(waiting)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)
 
 
 @functools.cache
-def _pool(count: int) -> ThreadPoolExecutor:
+def _pool() -> ThreadPoolExecutor:
     """Threads that live as long as the process: MLX never ends a stream's own thread."""
-    return ThreadPoolExecutor(count, thread_name_prefix="twinkeel-mlx", initializer=_start)
+    return ThreadPoolExecutor(num_cores(), thread_name_prefix="twinkeel-mlx", initializer=_start)
 
 
 def _start() -> None:
     _own.stream = mx.new_stream(mx.cpu)
 
 
-def _on_own_stream(function: Callable[[Given], Made], given: Given) -> Made:
-    with mx.stream(_own.stream):
+def _on_own_stream(gate: threading.Semaphore, function: Callable[[Given], Made], given: Given) -> Made:
+    with gate, mx.stream(_own.stream):
         return function(given)

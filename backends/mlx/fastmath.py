@@ -17,8 +17,9 @@ BLOCK = 256
 """Numbers of a vocabulary that are summed at a time: about its square root."""
 
 _PER_LN2 = 1 / math.log(2)
-_ROUND = 1.5 * 2**23
-"""Added to a float32 below 2**22, leaves no place for a fraction: the sum's lowest bits are the nearest integer."""
+_ROUND = 1.5 * 2**23 + 127
+"""Added to a float32 below 2**21, leaves no place for a fraction: the sum's lowest bits are the nearest integer, with
+the bias of a float32's exponent."""
 _MANTISSA_BITS = 23
 _SMALLEST = -127.0
 _LARGEST = 87.0
@@ -48,9 +49,8 @@ def exp(x: mx.array, *, scale: float = 1.0) -> mx.array:
     for coefficient in reversed(_POWERS[:-1]):
         mantissa = (mantissa + coefficient) * fraction
     mantissa = mantissa + 1.0
-    # The exponent is the field above the mantissa: adding to it multiplies by a power of two.
-    exponent = mx.left_shift(rounded.view(mx.int32), _MANTISSA_BITS)
-    return (mantissa.view(mx.int32) + exponent).view(mx.float32)
+    # The exponent is the field above the mantissa. A product, because of a NaN it makes a NaN, whatever its bits.
+    return mantissa * mx.left_shift(rounded.view(mx.int32), _MANTISSA_BITS).view(mx.float32)
 
 
 @mx.custom_function  # type: ignore[untyped-decorator]

@@ -11,13 +11,18 @@ import mlx.nn as nn
 from backends.mlx import fastmath
 from backends.mlx.packing import Layout
 
+_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}
+
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether `run_packed` does what this layer does."""
     from mlx_lm.models.llama import MLP, Attention, TransformerBlock
 
     parts = ((layer, TransformerBlock), (layer.get("self_attn"), Attention), (layer.get("mlp"), MLP))
-    return all(type(part) is kind for part, kind in parts)
+    if not all(type(part) is kind for part, kind in parts):
+        return False
+    # What a later mlx-lm may add, such as norms of queries and keys or a window for some layers, is not done here.
+    return set(layer.self_attn.children()) == _IN_ATTENTION and not getattr(layer, "use_sliding", False)
 
 
 def run_packed(layer: nn.Module, hidden: mx.array, layout: Layout, *, window: int | None) -> mx.array:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from backends.mlx.optim import Slots, clip_factor, global_norm, initial_slots, m
 from backends.mlx.packing import Layout
 from backends.mlx.parts import Cutter, Part, to_prefix
 from backends.mlx.routers import balancing_loss
-from backends.mlx.rows import by_row, joined, per_row, real
+from backends.mlx.rows import joined, per_row, real, summed_by_row
 from core.adapter import trains_router
 from core.config import RunConfig
 from core.errors import UserError
@@ -105,7 +106,7 @@ class MlxLearner:
         self._gradients = compile_(self._gradients_of_microbatch)
         self._update = compile_(self._updated)
         self._losses = compile_(self._losses_of_batch)
-        mx.eval(self.parameters, self._slots)
+        mx.eval(self.parameters, self._slots)  # waits: a lack of memory shows here, not in the first step
 
     # -- the step
 
@@ -115,7 +116,12 @@ class MlxLearner:
         assert num_targets > 0, "a step without a target token"
         with translate_out_of_memory(f"a training step of {_shapes(microbatches)}"):
             work = self._work(microbatches, step=step, num_targets=num_targets)
-            sums, total = self._summed(work) if self._cutter.by_row else self._summed_on_device(work)
+            if self._cutter.by_row:
+                # At most as many rows at once as the largest micro-batch has: memory does not grow with the cores.
+                most = max(2, *(len(batch.row_ids) for batch in microbatches))
+                sums, total = self._summed(work, count=min(self._cutter.num_cores, most))
+            else:
+                sums, total = self._summed_on_device(work)
             return self._apply(sums, total, num_targets=num_targets, lr=lr)
 
     def _work(self, microbatches: Sequence[Batch], *, step: int, num_targets: int) -> Iterator[_Work]:
@@ -123,11 +129,14 @@ class MlxLearner:
         for index, batch in enumerate(microbatches):
             # Equal positions have other masks in other rows.
             parts = self._cutter.parts(batch, share=not self.network.has_dropout)
+            if not parts:
+                continue
             key = mx.random.key(step_seed(self._seed, step, index))
-            keys = [key] if len(parts) < 2 else list(mx.random.split(key, len(parts)))
-            mx.eval(keys)
+            # A key for each part: on another number of cores, which makes other parts, the masks are others.
+            keys = [key] if len(parts) == 1 else list(mx.random.split(key, len(parts)))
+            mx.eval(keys)  # waits, for next to nothing: other threads will use them
             aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
-            yield from (_Work(part, own, aux) for part, own in zip(parts, keys, strict=False))
+            yield from (_Work(part, own, aux) for part, own in zip(parts, keys, strict=True))
 
     def _summed_on_device(self, work: Iterable[_Work]) -> tuple[Sums, Parameters]:
         sums: Sums | None = None
@@ -138,18 +147,19 @@ class MlxLearner:
         assert sums is not None and total is not None
         return sums, total
 
-    def _summed(self, work: Iterable[_Work]) -> tuple[Sums, Parameters]:
-        """As `_summed_on_device`, on all cores; added up in the order of the work."""
+    def _summed(self, work: Iterable[_Work], *, count: int) -> tuple[Sums, Parameters]:
+        """As `_summed_on_device`, `count` at a time; added up in the order of the work."""
         mx.eval(self.parameters)  # no thread may wait for another one's stream
         if self.network.streams:
-            found: Iterable[tuple[Sums, Parameters]] = self._streamed(list(work))
+            found = self._streamed(list(work))
         else:
-            found = map_on_cores(self._gradients_here, work, count=self._cutter.num_cores)
+            found = map_on_cores(self._gradients_here, work, count=count)
         sums: Sums | None = None
         total: Parameters | None = None
-        for own_sums, own in found:
-            sums, total = _added(sums, total, own_sums, own)
-            mx.eval(sums, total)
+        with closing(found):
+            for own_sums, own in found:
+                sums, total = _added(sums, total, own_sums, own)
+                mx.eval(sums, total)  # computed already but for this sum; the gradients go
         assert sums is not None and total is not None
         return sums, total
 
@@ -157,10 +167,10 @@ class MlxLearner:
         with building:
             found: tuple[Sums, Parameters]
             found = self._gradients(self.parameters, None, None, one.key, one.aux, *one.part.arrays)
-        mx.eval(found)
+        mx.eval(found)  # waits here: no other thread may wait for this one's stream
         return found
 
-    def _streamed(self, work: Sequence[_Work]) -> Iterator[tuple[Sums, Parameters]]:
+    def _streamed(self, work: Sequence[_Work]) -> Generator[tuple[Sums, Parameters], None, None]:
         parts = [
             StreamedPart(
                 tokens=one.part.tokens,
@@ -288,7 +298,7 @@ class MlxLearner:
         return replace(joined(found), expert_tokens=None if counts is None else np.array(counts).astype(np.int64))
 
     def _evaluate_on_cores(self, batches: Iterable[Batch]) -> RowLosses:
-        mx.eval(self.parameters)
+        mx.eval(self.parameters)  # no thread may wait for another one's stream
         row_ids: list[IntArray] = []
 
         def noted() -> Iterator[Batch]:
@@ -299,13 +309,13 @@ class MlxLearner:
         nll: dict[int, FloatArray] = {}
         num_targets: dict[int, IntArray] = {}
         with translate_out_of_memory("an evaluation"):
-            work = self._cutter.for_evaluation(noted())
             count = 1 if self.network.streams else self._cutter.num_cores
-            for number, rows, losses in map_on_cores(self._losses_here, work, count=count):
-                num_rows = len(row_ids[number])
-                sums, counts = by_row(losses, rows, num_rows)
-                nll[number] = nll.get(number, 0.0) + sums
-                num_targets[number] = num_targets.get(number, 0) + counts
+            for work in self._cutter.for_evaluation(noted()):
+                with closing(map_on_cores(self._losses_here, work, count=count)) as computed:
+                    for number, rows, losses in computed:
+                        sums, counts = summed_by_row(losses, rows, len(row_ids[number]))
+                        nll[number] = nll.get(number, 0.0) + sums
+                        num_targets[number] = num_targets.get(number, 0) + counts
         found = [
             real(ids, nll.get(number, np.zeros(len(ids))), num_targets.get(number, np.zeros(len(ids), np.int64)))
             for number, ids in enumerate(row_ids)
@@ -317,6 +327,7 @@ class MlxLearner:
         number, part = numbered
         with building:
             losses, _ = self._losses(self.parameters, None, *part.arrays[:-1], None, None)
+        # Waits here: no other thread may wait for this one's stream.
         return number, part.selection.row, np.array(losses[: part.selection.num_targets], np.float64)
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
@@ -367,19 +378,19 @@ class MlxLearner:
     def prefixes(self, rows: Sequence[TokenArray]) -> Iterator[Prefix]:
         """What the layers below the first adapter make of each row, one row at a time."""
         waiting: tuple[mx.array, mx.array | None] | None = None
-        computing = prefixes(self.network, rows)
-        while True:
-            with translate_out_of_memory("the frozen layers"):
-                computed = next(computing, None)
-                if computed is not None:
-                    mx.async_eval(computed)
-                # Read one row behind, so that the device computes while the host copies and writes.
-                before = None if waiting is None else to_prefix(*waiting)
-            if before is not None:
-                yield before
-            if computed is None:
-                return
-            waiting = computed
+        with closing(prefixes(self.network, rows)) as computing:
+            while True:
+                with translate_out_of_memory("the frozen layers"):
+                    computed = next(computing, None)
+                    if computed is not None:
+                        mx.async_eval(computed)
+                    # Read one row behind, so that the device computes while the host copies and writes.
+                    before = None if waiting is None else to_prefix(*waiting)
+                if before is not None:
+                    yield before
+                if computed is None:
+                    return
+                waiting = computed
 
     # -- state
 
@@ -428,7 +439,7 @@ class MlxLearner:
         mx.synchronize()
         empty: dict[str, Any] = {}
         self.parameters, self._slots = empty, dict(empty)
-        del self.network, self._gradients, self._update, self._losses
+        del self.network, self._cutter, self._gradients, self._update, self._losses
         gc.collect()
         mx.clear_cache()
         trim_memory()

@@ -23,8 +23,9 @@ Project = Callable[[mx.array], mx.array]
 CHUNK = 1024
 """Target positions whose float32 logits exist at a time: 131 MB at a vocabulary of 32,000."""
 _CPU_CHUNK = 128
-"""The same on a CPU: 25 MB at a vocabulary of 49,152. What is larger than 32 MB, the allocator returns to the system at
-once, and getting it anew costs more than the arithmetic."""
+"""The most on a CPU: 25 MB at a vocabulary of 49,152."""
+_CPU_CHUNK_BYTES = 32 << 20
+"""What is larger, the allocator returns to the system at once, and getting it anew costs more than the arithmetic."""
 _SMALLEST = 32
 
 
@@ -116,7 +117,7 @@ def summed_loss(
 
     slope_of = mx.value_and_grad(objective)
     carrier, total = mx.array(0.0), mx.array(0.0)
-    for selected, ids, weights in _chunks(_flatten(hidden)[position], target, weight):
+    for selected, ids, weights in _chunks(project, _flatten(hidden)[position], target, weight):
         start = mx.depends(mx.stop_gradient(selected), [total])
         (_, loss), slope = slope_of(start, ids, weights)
         loss, slope = mx.depends([loss, slope], [loss, slope])
@@ -126,7 +127,7 @@ def summed_loss(
 
 
 def token_losses(project: Project, hidden: mx.array, position: mx.array, target: mx.array) -> mx.array:
-    """Cross-entropy of each selected position, float32 [M] in nats."""
+    """Cross-entropy of each selected position, float32 [M] in nats; the arguments are as of `summed_loss`."""
     return token_replay(project, hidden, position, target)[0]
 
 
@@ -134,7 +135,7 @@ def token_replay(project: Project, hidden: mx.array, position: mx.array, target:
     """As `token_losses`, and the most likely token at each position: float32 [M] and uint32 [M]."""
     losses: list[mx.array] = []
     greedy: list[mx.array] = []
-    for selected, ids in _chunks(_flatten(hidden)[position], target):
+    for selected, ids in _chunks(project, _flatten(hidden)[position], target):
         logits, log_total = _logits(project, mx.depends(selected, losses[-1:]) if losses else selected)
         losses.append(log_total - _picked(logits, ids))
         greedy.append(mx.argmax(logits, axis=-1))
@@ -142,8 +143,11 @@ def token_replay(project: Project, hidden: mx.array, position: mx.array, target:
 
 
 def host_logits(project: Project, hidden: mx.array, position: mx.array) -> np.ndarray:
-    """The logits of each selected position themselves, float32 [M, V] on the host; on the device a chunk at a time."""
-    chunks = _chunks(_flatten(hidden)[position])
+    """The logits of each selected position themselves, float32 [M, V] on the host; on the device a chunk at a time.
+
+    Waits for the device at every chunk. `hidden` is as of `summed_loss`.
+    """
+    chunks = _chunks(project, _flatten(hidden)[position])
     return np.concatenate([np.array(project(selected).astype(mx.float32)) for (selected,) in chunks])
 
 
@@ -171,7 +175,14 @@ def _picked(logits: mx.array, ids: mx.array) -> mx.array:
     return mx.take_along_axis(logits, ids[:, None], axis=-1).squeeze(-1)
 
 
-def _chunks(*arrays: mx.array) -> Iterator[tuple[mx.array, ...]]:
-    size = min(CHUNK, _CPU_CHUNK) if fastmath.on_cpu() else CHUNK
-    for start in range(0, len(arrays[0]), size):
-        yield tuple(array[start : start + size] for array in arrays)
+def _chunks(project: Project, selected: mx.array, *others: mx.array) -> Iterator[tuple[mx.array, ...]]:
+    size = CHUNK
+    if fastmath.on_cpu():
+        size = min(CHUNK, cpu_chunk(project(selected[:1]).shape[-1]))  # MLX is lazy: nothing is computed for a shape
+    for start in range(0, len(selected), size):
+        yield tuple(array[start : start + size] for array in (selected, *others))
+
+
+def cpu_chunk(vocab_size: int) -> int:
+    """Target positions whose float32 logits exist at a time on a CPU, a multiple of 16."""
+    return min(_CPU_CHUNK, max(16, _CPU_CHUNK_BYTES // (4 * vocab_size) // 16 * 16))

@@ -140,7 +140,7 @@ class Network:
         self.end_tokens = base.end_tokens
         self.has_dropout = adapter.dropout > 0.0
         self._checkpoint = checkpoint
-        # Frequencies of a scaled rotary embedding, which MLX would compute on first use, on this thread only.
+        # Waits: frequencies of a scaled rotary embedding, which MLX would compute on first use, on this thread only.
         mx.eval([a for m in base.module.modules() for n, a in m.items() if n[0] == "_" and isinstance(a, mx.array)])
 
     def base_weights(self) -> list[Weight]:
@@ -168,10 +168,11 @@ class Network:
         """The layers below the first adapter."""
         return range(self.num_prefix_layers)
 
-    @property
+    @functools.cached_property
     def packs(self) -> bool:
         """Whether positions may be laid out one after the other (`packing.py`)."""
-        return is_plain(self.module.layers[-1])
+        # An absent layer has no parts to look at; it is taken to be as the others.
+        return all(is_plain(layer) for layer in self.module.layers if type(layer) is not nn.Module)
 
     @property
     def packs_rows(self) -> bool:
@@ -198,7 +199,7 @@ class Network:
         cache: Sequence[Any] | None = None,
         training: bool = False,
     ) -> mx.array:
-        """Hidden states [B, T, D] after the final norm; for the arguments see `routed_states`."""
+        """Hidden states [B, T, D] (packed: [N, D]) after the final norm; for the arguments see `routed_states`."""
         return self.routed_states(parameters, tokens, layout=layout, keys=keys, cache=cache, training=training)[0]
 
     def routed_states(
@@ -212,7 +213,8 @@ class Network:
         cache: Sequence[Any] | None = None,
         training: bool = False,
     ) -> tuple[mx.array, list[Routed]]:
-        """Hidden states [B, T, D] after the final norm, and what each layer's router did, when `is_token` is given.
+        """Hidden states [B, T, D] (packed: [N, D]) after the final norm, and what each layer's router did, when
+        `is_token` is given.
 
         Args:
             tokens: int32 [B, T]; padding on the right needs no mask, since attention is causal. Or the states

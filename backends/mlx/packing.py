@@ -6,7 +6,6 @@ attention needs to know where a row begins (`layers.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +28,7 @@ class Packed:
     """N positions of some rows of a batch."""
 
     entering: npt.NDArray[np.generic]
-    """int32 [N]: tokens; or [N, hidden]: their `Prefix.states`."""
+    """int32 [N]: tokens; or [N, D]: their `Prefix.states`, float32, float16, or bfloat16's bits as uint16."""
     targets: npt.NDArray[np.int32]
     """int32 [N]"""
     row: IntArray
@@ -97,7 +96,3 @@ def cut(batch: Batch, num_parts: int, *, target_cost: float) -> list[IntArray]:
         parts[least].append(int(row))
         waiting[least] += costs[row]
     return [np.array(sorted(part), np.int64) for part in parts]
-
-
-def num_targets(parts: Sequence[Packed]) -> int:
-    return sum(int(np.count_nonzero(part.targets != IGNORE)) for part in parts)

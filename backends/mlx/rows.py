@@ -14,10 +14,10 @@ from core.protocols import FILLER_ROW, Batch, FloatArray, IntArray, RowLosses
 def per_row(batch: Batch, selection: Selection, losses: mx.array) -> RowLosses:
     """Sums the losses of each row in float64. Waits for the device."""
     values = np.array(losses[: selection.num_targets], np.float64)
-    return real(batch.row_ids, *by_row(values, selection.row, len(batch.row_ids)))
+    return real(batch.row_ids, *summed_by_row(values, selection.row, len(batch.row_ids)))
 
 
-def by_row(losses: FloatArray, row: IntArray, num_rows: int) -> tuple[FloatArray, IntArray]:
+def summed_by_row(losses: FloatArray, row: IntArray, num_rows: int) -> tuple[FloatArray, IntArray]:
     """Of each of a batch's rows the sum of its losses, and their number."""
     counts = np.bincount(row, minlength=num_rows).astype(np.int64)
     return np.bincount(row, weights=losses, minlength=num_rows).astype(np.float64), counts

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,23 +13,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from core import portions
 from core.protocols import FILLER_ROW, IGNORE, Batch
-from tests.backends.conftest import LR, assert_same_state, make_batch, microbatches, missing_package
+from tests.backends.conftest import LR, assert_same_state, make_batch, microbatches, missing_package, open_learner
+from tests.backends.test_prefix import stored
 from tests.tiny import PAD_ID, make_model
 
 if missing := missing_package("mlx"):
     pytest.skip(f"mlx: {missing} is not installed", allow_module_level=True)
 
-from backends.mlx import cores, fastmath, layers, parts
+from backends.mlx import absent_layers, cores, layers, parts
+from backends.mlx import learner as learner_module
 from backends.mlx import model as model_module
-from backends.mlx.blas import _thread_setting, blas_threads
 from backends.mlx.learner import MlxLearner
+from backends.mlx.loss import cpu_chunk
 from backends.mlx.model import Network
 from backends.mlx.packing import Layout, cut, pack
 from core.prefix import rows_of
 
 import mlx.core as mx  # isort: skip
+import mlx.nn as nn  # isort: skip
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -258,69 +267,187 @@ def test_an_evaluation_takes_whole_batches_while_there_are_enough(models: dict[s
     network = opened(models["llama"]).network
     cutter = parts.Cutter(network, compiled=False, num_cores=2)
     batches = [make_batch((9, 7), first_row=2 * n) for n in range(3)]
-    found = [(number, part.layout[1]) for number, part in cutter.for_evaluation(batches) if part.layout]
+    (group,) = cutter.for_evaluation(batches)
+    found = [(number, part.layout[1]) for number, part in group if part.layout]
     assert found == [(0, ((1, 9), (1, 7))), (1, ((1, 9), (1, 7))), (2, ((1, 9),)), (2, ((1, 7),))]
+
+
+def test_on_many_cores_four_batches_are_evaluated_at_a_time(models: dict[str, Path], opened: Any) -> None:
+    network = opened(models["llama"]).network
+    cutter = parts.Cutter(network, compiled=False, num_cores=8)
+    batches = [make_batch((9, 7), first_row=2 * n) for n in range(5)]
+    groups = [[number for number, _ in group] for group in cutter.for_evaluation(batches)]
+    assert groups == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4]]
+
+
+def test_more_cores_train_no_more_rows_at_once(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 8)
+    counts: list[int] = []
+
+    def noting(*args: Any, count: int, **kwargs: Any) -> Any:
+        counts.append(count)
+        return cores.map_on_cores(*args, count=count, **kwargs)
+
+    monkeypatch.setattr("backends.mlx.learner.map_on_cores", noting)
+    learner = opened(models["llama"])
+    learner.train_step([make_batch((9, 7, 8)), make_batch((6,)), make_batch((5, 5))], step=1, lr=LR)
+    learner.train_step([make_batch((9,), first_row=n) for n in range(4)], step=2, lr=LR)
+    assert counts == [3, 2]
 
 
 # --- several cores
 
 
-def test_results_keep_their_order_and_errors_come_through() -> None:
-    def tripled(value: int) -> int:
-        if value == 5:
-            raise ValueError("five")
-        array = mx.arange(1000 * (7 - value)).sum() * 0 + value
-        return int(np.array(array * 3))
+def failing_here(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, but on the main thread an error."""
 
-    assert list(cores.map_on_cores(tripled, range(5), count=3)) == [0, 3, 6, 9, 12]
-    with pytest.raises(ValueError, match="five"):
-        list(cores.map_on_cores(tripled, range(9), count=3))
+    def fail(*given: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            raise ZeroDivisionError
+        return function(*given)
 
-
-def test_blas_uses_its_cores_again_afterwards() -> None:
-    setting = _thread_setting()
-    if setting is None:
-        pytest.skip("no BLAS that can be told")
-    get, set_ = setting
-    before = get()
-    set_(2)
-    try:
-        with blas_threads(1):
-            assert get() == 1
-        assert get() == 2
-    finally:
-        set_(before)
+    return fail
 
 
-# --- exponentials
+def test_an_error_between_two_results_gives_blas_its_cores_back(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    @contextlib.contextmanager
+    def noting(count: int) -> Iterator[None]:
+        held.append(count)
+        try:
+            yield
+        finally:
+            held.pop()
+
+    monkeypatch.setattr(cores, "blas_threads", noting)
+    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 2)
+    learner = opened(models["llama"], lora={"frozen_fraction": 0.4})
+    batches = [make_batch((9, 7)), make_batch((8, 6))]
+    uses: list[tuple[str, Callable[[], object]]] = [
+        ("summed_by_row", lambda: learner.evaluate(batches)),
+        ("to_prefix", lambda: list(learner.prefixes(rows_of(batches[0])))),
+        ("_added", lambda: learner.train_step(batches, step=1, lr=LR)),
+    ]
+    for name, use in uses:
+        monkeypatch.setattr(learner_module, name, failing_here(getattr(learner_module, name)))
+        try:
+            use()
+        except ZeroDivisionError:
+            assert not held  # here, while the traceback still has the generator
+        else:
+            pytest.fail("no error")
 
 
-@pytest.fixture
-def values() -> Iterator[np.ndarray]:
-    with mx.stream(mx.cpu):
-        yield np.random.default_rng(0).normal(0, 6, (5, 333)).astype(np.float32)
+def test_stored_bfloat16_states_reach_the_other_threads(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 2)
+    half = {"model": {"dtype": "bfloat16"}, "lora": {"frozen_fraction": 0.4}, "optim": SGD}
+    plain, other = opened(models["llama"], **half), opened(models["llama"], **half)
+    batch = with_start(make_batch((21, 14, 12, 17)), 9)
+    fast, _ = stored(other, [batch])
+    one, two = plain.train_step([batch], step=1, lr=LR), fast.train_step([batch], step=1, lr=LR)
+    assert float(two.loss) == pytest.approx(float(one.loss), rel=1e-2)
+    assert float(two.grad_norm) == pytest.approx(float(one.grad_norm), rel=5e-2)
+    np.testing.assert_allclose(fast.evaluate([batch]).nll, plain.evaluate([batch]).nll, rtol=1e-2)
 
 
-def test_exponentials(values: np.ndarray) -> None:
-    wide = np.append(values.ravel(), [0, -86.5, 87, 1e-6]).astype(np.float64)
-    found = np.array(fastmath.exp(mx.array(wide.astype(np.float32)))).astype(np.float64)
-    exact = np.exp(wide.astype(np.float32).astype(np.float64))
-    assert np.abs(found / exact - 1).max() < 6e-6
-    small = np.abs(wide) < 2
-    assert np.abs(found / exact - 1)[small].max() < 3e-7
-    special = np.array(fastmath.exp(mx.array([-np.inf, -500.0, np.nan, 0.0])))
-    np.testing.assert_array_equal(special, [0, 0, np.nan, 1])
+def test_streamed_layers_in_portions_have_the_same_bits(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together: list[int] = []
+    compute = absent_layers._gradients_together
+
+    def noting(network: Network, parameters: Any, some: Any) -> Any:
+        together.append(len(some))
+        return compute(network, parameters, some)
+
+    monkeypatch.setattr(absent_layers, "_gradients_together", noting)
+    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 2)
+    batches, found = [make_batch((9, 7)), make_batch((8, 6)), make_batch((5,))], []
+    for num_bytes in (portions.PORTION_BYTES, 20 * 64 * 4 * 3, 1):  # positions, hidden size, float32, layers
+        monkeypatch.setattr(portions, "PORTION_BYTES", num_bytes)
+        learner = opened(models["llama"], model={"stream_layers": True})
+        learner.train_step(batches, step=1, lr=LR)
+        found.append(learner.export_state())
+    assert together == [5, 2, 3, 1, 1, 1, 1, 1]
+    for other in found[1:]:
+        assert_same_state(other, found[0])
 
 
-def test_swiglu_and_softmax_with_their_gradients(values: np.ndarray) -> None:
-    gate, up = mx.array(values), mx.array(values[::-1] * 0.1)
-    slope = mx.array(np.random.default_rng(1).normal(size=values.shape).astype(np.float32))
-    pairs = (
-        (fastmath.swiglu, lambda g, u: g * mx.sigmoid(g) * u, [gate, up]),
-        (fastmath.softmax, lambda x: mx.softmax(x, axis=-1), [gate]),
-    )
-    for ours, theirs, given in pairs:
-        for one, other in zip(mx.vjp(ours, given, [slope]), mx.vjp(theirs, given, [slope]), strict=True):
-            for found, expected in zip(one, other, strict=True):
-                np.testing.assert_allclose(np.array(found), np.array(expected), rtol=5e-6, atol=1e-6)
-    assert np.isfinite(np.array(fastmath.swiglu(mx.array([-200.0, 200.0]), mx.array([1.0, 1.0])))).all()
+def test_closed_it_lets_go_of_the_model(models: dict[str, Path]) -> None:
+    learner: Any = open_learner("mlx", models["llama"])
+    learner.train_step([make_batch((9, 7))], step=1, lr=LR)
+    module = weakref.ref(learner.network.module)
+    learner.close()
+    assert module() is None
+    learner.close()
+
+
+# --- what is not plain
+
+
+def test_a_nan_shows(models: dict[str, Path], opened: Any) -> None:
+    learner = opened(models["llama"])
+    state, batch = learner.export_state(), make_batch((9, 7, 8))
+    name = next(name for name in state.adapter if name.endswith("lora_B"))
+    state.adapter[name][0, 0] = np.nan
+    learner.import_state(state)
+    assert not np.isfinite(learner.evaluate([batch]).nll).any()
+    out = learner.train_step([batch], step=1, lr=LR)
+    assert not np.isfinite(float(out.loss))
+    assert not np.isfinite(float(out.grad_norm))
+
+
+@pytest.mark.parametrize("num_cores", [1, 2, 8])
+def test_a_batch_without_targets_in_an_evaluation(
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch, num_cores: int
+) -> None:
+    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: num_cores)
+    learner = opened(models["llama"])
+    some, other = make_batch((9, 7)), make_batch((8, 6), first_row=2)
+    none = replace(other, targets=np.full_like(other.targets, IGNORE))
+    found, expected = learner.evaluate([none, some, none]), learner.evaluate([some])
+    assert found.row_ids.tolist() == [2, 3, 0, 1, 2, 3]
+    assert found.num_targets.tolist() == [0, 0, 6, 5, 0, 0]
+    np.testing.assert_allclose(found.nll, [0, 0, *expected.nll, 0, 0], rtol=1e-6)
+    assert learner.evaluate([none]).nll.tolist() == [0, 0]
+
+
+def test_attention_with_biases(tmp_path: Path, opened: Any, plain: Any) -> None:
+    folder = make_model(tmp_path / "biased", num_layers=2)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    tensors = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if "self_attn" in name]:
+        bias = rng.normal(0, 0.3, len(tensors[name])).astype(np.float32)
+        tensors[name.replace(".weight", ".bias")] = bias
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    one, two = plain(folder, optim=SGD), opened(folder, optim=SGD)
+    assert two.network.packs
+    compare(one, two, BATCHES["start"]())
+
+
+@pytest.mark.parametrize("change", ["q_norm", "use_sliding"])
+def test_what_a_layer_has_beside_the_plain_parts_is_not_left_out(
+    models: dict[str, Path], opened: Any, change: str
+) -> None:
+    network = opened(models["llama"]).network
+    layer = network.module.layers[0]
+    assert network.packs and layers.is_plain(layer)
+    if change == "use_sliding":
+        layer.use_sliding = True
+    else:
+        layer.self_attn.q_norm = nn.RMSNorm(16)
+    assert not layers.is_plain(layer)
+
+
+def test_a_large_vocabularys_logits_come_in_smaller_chunks() -> None:
+    # 32 MB hold 65 positions of 128,256 float32, 170 of 49,152
+    assert [cpu_chunk(size) for size in (1_000, 49_152, 128_256, 2_000_000)] == [128, 128, 64, 16]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from core.prefix import PrefixedLearner, distinct_rows
-from core.protocols import FILLER_ROW, IGNORE, Batch, RowLosses, TrainState
+from core.protocols import FILLER_ROW, IGNORE, Batch, TrainState
 from tests.backends.conftest import Open, make_batch, one_row
 from tests.backends.test_prefix import Kept
 from tests.tiny import PAD_ID, make_model
@@ -108,19 +108,3 @@ def test_above_stored_states(opened: Open, model: Path, options: dict[str, bool]
     assert float(two.loss) == pytest.approx(float(one.loss), rel=CLOSE)
     assert_close(plain.export_state(), fast.export_state())
     np.testing.assert_allclose(fast.evaluate([batch]).nll, plain.evaluate(rows_alone(batch)).nll, rtol=10 * CLOSE)
-
-
-def test_with_dropout_every_row_has_its_own(opened: Open, tmp_path: Path) -> None:
-    """Two equal rows train differently, and are evaluated alike."""
-    model = make_model(tmp_path / "model", num_layers=2)
-    batch = shared_batch((16, 16))
-    twins = replace(batch, inputs=np.repeat(batch.inputs[:1], 2, 0), targets=np.repeat(batch.targets[:1], 2, 0))
-    settings = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.5}, **SGD}
-    both, one = opened(model, **settings), opened(model, **settings)
-    assert twins.num_shared == START
-    two_rows = both.train_step([twins], step=1, lr=1e-2)
-    single = one.train_step([one_row(twins, 0)], step=1, lr=1e-2)
-    assert float(two_rows.loss) != pytest.approx(float(single.loss), rel=1e-4)
-    fresh = opened(model, **settings)
-    losses: RowLosses = fresh.evaluate([twins])
-    assert losses.nll[0] == pytest.approx(losses.nll[1], rel=CLOSE)
