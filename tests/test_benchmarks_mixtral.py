@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from core.protocols import Weight
-from tests.backends.conftest import open_learner, resolved, skip_without
+from tests.backends.conftest import added_product, open_learner, resolved, skip_without
 from tests.tiny import make_model
 
 skip_without("cuda")
@@ -123,7 +123,7 @@ def test_multiply_adds_of_a_step_are_those_that_torch_counts(
     )
     learner.model.set_experts_implementation(IMPLEMENTATION)
     (batch,) = make_batches(rows=1, width=40, count=1, vocab_size=320)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         learner.train_step([batch], step=1, lr=0.0)
     config = json.loads((mixtral / "config.json").read_text())
 
@@ -140,7 +140,7 @@ def test_multiply_adds_of_a_step_are_those_that_torch_counts(
 
     whole, single = operations([40]), operations([1] * 40)
     scores = (whole - single) * 40**2 // (40**2 - 40)
-    assert counter.get_flop_counts()["Global"].keys() == {torch.ops.aten.mm}
+    assert counter.get_flop_counts()["Global"].keys() == {torch.ops.aten.mm, torch.ops.aten.addmm_}
     assert counter.get_total_flops() == whole - scores
 
 

@@ -18,7 +18,7 @@ from benchmarks.common import command_line, make_batches
 from benchmarks.dense_work import work_of_a_step
 from benchmarks.peers_tools import Turn, trl_settings
 from benchmarks.watched import num_evaluations
-from tests.backends.conftest import open_learner, skip_without
+from tests.backends.conftest import added_product, open_learner, skip_without
 from tests.tiny import make_model
 
 NUM_LAYERS, RANK = 4, 4
@@ -208,7 +208,7 @@ def test_multiply_adds_of_a_step_are_those_that_torch_counts(model: Path, first_
 
     learner: Any = open_learner("cuda", model, lora={"rank": RANK, "frozen_fraction": first_layer / NUM_LAYERS})
     (batch,) = make_batches(rows=1, width=40, count=1, vocab_size=320)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
         learner.train_step([batch], step=1, lr=0.0)
     learner.close()
     config = json.loads((model / "config.json").read_text())
@@ -219,9 +219,10 @@ def test_multiply_adds_of_a_step_are_those_that_torch_counts(model: Path, first_
             2 * work_of_a_step(config, lengths=lengths, num_targets=targets, first_layer=first_layer, rank=RANK).total
         )
 
-    whole, single = operations([40]), operations([1] * 40)
-    scores = (whole - single) * 40**2 // (40**2 - 40)
-    assert counter.get_flop_counts()["Global"].keys() == {torch.ops.aten.mm}
+    length = batch.num_real_tokens  # padding is not computed
+    whole, single = operations([length]), operations([1] * length)
+    scores = (whole - single) * length**2 // (length**2 - length)
+    assert counter.get_flop_counts()["Global"].keys() == {torch.ops.aten.mm, torch.ops.aten.addmm_}
     assert counter.get_total_flops() == whole - scores
 
 

@@ -246,6 +246,6 @@ def test_interrupted_before_the_first_step(train: Train, monkeypatch: pytest.Mon
     def interrupt(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(core.workflow.job, "tokenize_data", interrupt)
+    monkeypatch.setattr(core.workflow.job, "load_rows", interrupt)
     result = train()
     assert result.code == 130 and "interrupted" in result.err
