@@ -178,7 +178,7 @@ def run_turn(tool: str, turn: Turn, *, scratch: Path) -> Result:
 
 
 def environment(cache: Path) -> dict[str, str]:
-    # as cli.py sets it; for the peers, too, it was no slower than libgomp's own
+    # as cli.py sets it
     return {"TWINKEEL_CACHE": str(cache), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
 
 

@@ -8,20 +8,17 @@ comes after the other.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from typing import TypeVar
 
 import torch
 
 from backends.cuda.memory import GPU
+from core.side_by_side import Done, Piece, in_order
 
 MOST = 8
 """Pieces at a time: each holds its activations."""
-Piece = TypeVar("Piece")
-Done = TypeVar("Done")
 
 
 class Workers:
@@ -58,17 +55,7 @@ class Workers:
             with self._mode():
                 return function(piece)
 
-        waiting: deque[Future[Done]] = deque()
         with ThreadPoolExecutor(
             self.num_threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)
         ) as pool:
-            try:
-                for piece in pieces:
-                    waiting.append(pool.submit(work, piece))
-                    if len(waiting) > self.num_threads:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+            yield from in_order(lambda piece: pool.submit(work, piece), pieces, at_once=self.num_threads)

@@ -8,23 +8,19 @@ two streams, would feed one after the other.)
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
 import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 import mlx.core as mx
 
 from backends.mlx.blas import blas_threads
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+from core.side_by_side import Done, Piece, in_order
 
 building = threading.Lock()
 """Held while a graph is written down: that goes through the model's modules, which know one adapter at a time."""
@@ -53,8 +49,8 @@ def _quota() -> int | None:
 
 
 def map_on_cores(
-    function: Callable[[Given], Made], given: Iterable[Given], *, count: int, blas: int | None = None
-) -> Generator[Made, None, None]:
+    function: Callable[[Piece], Done], given: Iterable[Piece], *, count: int, blas: int | None = None
+) -> Generator[Done, None, None]:
     """`function` of each of `given`, in their order; several at a time, each on a thread and a stream of its own.
 
     What `function` returns must be computed already: no other thread may wait for this one's stream. Until the
@@ -71,24 +67,12 @@ def map_on_cores(
         if at_once == 1:
             yield from map(function, itertools.chain(first, rest))
         else:
-            yield from _on_threads(function, itertools.chain(first, rest), at_once)
-
-
-def _on_threads(function: Callable[[Given], Made], given: Iterable[Given], at_once: int) -> Generator[Made, None, None]:
-    waiting: collections.deque[Future[Made]] = collections.deque()
-    gate = threading.Semaphore(at_once)
-    try:
-        for one in given:
-            waiting.append(_pool().submit(_on_own_stream, gate, function, one))
-            # One more than may run, so that no thread waits for this one.
-            if len(waiting) > at_once:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
-        wait(waiting)
+            gate = threading.Semaphore(at_once)
+            yield from in_order(
+                lambda piece: _pool().submit(_on_own_stream, gate, function, piece),
+                itertools.chain(first, rest),
+                at_once=at_once,
+            )
 
 
 @functools.cache
@@ -101,6 +85,6 @@ def _start() -> None:
     _own.stream = mx.new_stream(mx.cpu)
 
 
-def _on_own_stream(gate: threading.Semaphore, function: Callable[[Given], Made], given: Given) -> Made:
+def _on_own_stream(gate: threading.Semaphore, function: Callable[[Piece], Done], given: Piece) -> Done:
     with gate, mx.stream(_own.stream):
         return function(given)
