@@ -8,14 +8,18 @@ comes after the other.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 
 from backends.cuda.memory import GPU
-from core.side_by_side import Done, Piece, in_order
+
+Piece = TypeVar("Piece")
+Done = TypeVar("Done")
 
 MOST = 8
 """Pieces at a time: each holds its activations."""
@@ -58,4 +62,29 @@ class Workers:
         with ThreadPoolExecutor(
             self.num_threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)
         ) as pool:
-            yield from in_order(lambda piece: pool.submit(work, piece), pieces, at_once=self.num_threads)
+            yield from _in_order(lambda piece: pool.submit(work, piece), pieces, at_once=self.num_threads)
+
+
+def _in_order(
+    submit: Callable[[Piece], Future[Done]], pieces: Iterable[Piece], *, at_once: int
+) -> Generator[Done, None, None]:
+    """What becomes of each piece, in order.
+
+    When one fails, or the generator is closed, no more are asked for, and those under way are waited for.
+
+    Args:
+        submit: gives a piece to a pool of threads.
+        at_once: pieces that the pool works on at a time; one more is asked for, so that no thread waits for this one.
+    """
+    waiting: deque[Future[Done]] = deque()
+    try:
+        for piece in pieces:
+            waiting.append(submit(piece))
+            if len(waiting) > at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        wait(waiting)

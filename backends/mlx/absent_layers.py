@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.cores import building, map_on_cores, num_cores
+from backends.mlx.cores import num_streams, on_streams
 from backends.mlx.packing import Layout
 from backends.mlx.routers import Routed
 from core.portions import portions
@@ -41,7 +41,7 @@ def prefixes(network: Network, rows: Sequence[TokenArray]) -> Generator[States, 
         if network.packs_rows:
             work = functools.partial(_states_of_row, network)
             # One core for each product: a row's bits don't depend on how many rows there are.
-            with closing(map_on_cores(work, rows, count=num_cores(), blas=1)) as found:
+            with closing(on_streams(work, rows, count=num_streams(), blas=1)) as found:
                 yield from found
             return
         for row in rows:
@@ -52,10 +52,7 @@ def prefixes(network: Network, rows: Sequence[TokenArray]) -> Generator[States, 
 
 
 def _states_of_row(network: Network, row: TokenArray) -> States:
-    with building:
-        states = _of_row(*_below(network, network.module.layers, network.frozen, _embedded(network, row)))
-    mx.eval(states)  # waits here: no other thread may wait for this one's stream
-    return states
+    return _of_row(*_below(network, network.module.layers, network.frozen, _embedded(network, row)))
 
 
 def _portion(network: Network, layers: list[Any], waiting: list[mx.array]) -> Iterator[States]:

@@ -212,10 +212,13 @@ def prepare_device(device: Device) -> Callable[[], None]:
     """Makes `device` MLX's default and bounds its buffer cache; returns what undoes it."""
     import mlx.core as mx
 
+    from backends.mlx.cores import WIDE_ORDER
     from backends.mlx.memory import cache_limit_bytes, keep_freed_memory, total_bytes
 
     if device == "cpu":
         keep_freed_memory()
+        for name, value in WIDE_ORDER.items():
+            os.environ.setdefault(name, value)
     default = mx.default_device()
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     cache_limit = mx.set_cache_limit(cache_limit_bytes(total_bytes()))

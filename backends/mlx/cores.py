@@ -1,9 +1,12 @@
 """Work on several processor cores at once.
 
-On a CPU, MLX computes everything but large matrix products on one core: a stream is a thread, and everything is on one
-stream. Here there are as many threads as cores, each with a stream of its own, and BLAS uses one core for each.
-(MLX holds back a thread that is more than a hundred operations ahead of its streams, so that one thread alone, feeding
-two streams, would feed one after the other.)
+On a CPU, MLX computes everything but large matrix products on one core: a stream is a thread. Here independent pieces
+of work are written down as graphs on streams of their own and evaluated in one call, with BLAS on one core for each.
+
+MLX hands out at most about a hundred operations ahead of what its streams have done, all streams together, in the order
+in which it goes through the graphs. So the streams are all kept busy only if that order alternates between them: hence
+one call for all, with `WIDE_ORDER`, and outputs in turns. (A thread for each stream would not do: the streams' threads
+take each other's share of the hundred, and each core stands idle for a third of the time.)
 """
 
 from __future__ import annotations
@@ -13,22 +16,30 @@ import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from backends.mlx.blas import blas_threads
-from core.side_by_side import Done, Piece, in_order
 
-building = threading.Lock()
-"""Held while a graph is written down: that goes through the model's modules, which know one adapter at a time."""
+Piece = TypeVar("Piece")
+Built = TypeVar("Built")
+
+MAX_STREAMS = 4
+"""More would leave each a handful of the operations that are handed out ahead."""
+WIDE_ORDER = {"MLX_BFS_MAX_WIDTH": "4096"}
+"""Environment of a process that computes on a CPU; MLX reads it at the first evaluation. By default it leaves
+breadth-first order where a graph is more than 20 operations wide, as gradients are, and then goes through one stream's
+graph before the other's."""
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Linux, cgroup v2: microseconds of processor time, or "max", and the period in which a container may use them."""
 
 _own = threading.local()
+"""A stream belongs to the thread that made it."""
 
 
 @functools.cache
@@ -37,6 +48,11 @@ def num_cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     found = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(found, _quota() or found))
+
+
+def num_streams() -> int:
+    """Pieces of work that are computed at a time."""
+    return min(num_cores(), MAX_STREAMS)
 
 
 def _quota() -> int | None:
@@ -48,43 +64,49 @@ def _quota() -> int | None:
     return math.ceil(quota / period) if period else None
 
 
-def map_on_cores(
-    function: Callable[[Piece], Done], given: Iterable[Piece], *, count: int, blas: int | None = None
-) -> Generator[Done, None, None]:
-    """`function` of each of `given`, in their order; several at a time, each on a thread and a stream of its own.
+def on_streams(
+    build: Callable[[Piece], Built], given: Iterable[Piece], *, count: int, blas: int | None = None
+) -> Generator[Built, None, None]:
+    """What `build` makes of each of `given`, in their order, computed; several at a time, each on a stream of its own.
 
-    What `function` returns must be computed already: no other thread may wait for this one's stream. Until the
-    generator is closed, BLAS is held to fewer cores: use `contextlib.closing`.
+    While one group is computed the next one is written down: one more group of `given` is asked for than is computed.
+    Until the generator is closed, BLAS is held to fewer cores: use `contextlib.closing`.
 
     Args:
-        count: at most so many at a time. What is alone is computed on this thread.
+        build: writes a graph down. Of what it returns (tuples, lists and dictionaries) the arrays are computed.
+        count: so many at a time, at most. What is alone is computed on the stream that is in force.
         blas: cores that BLAS uses for each; None: what the number at a time leaves, so that few keep all cores busy.
     """
     rest = iter(given)
-    first = list(itertools.islice(rest, count))
-    at_once = max(1, len(first))
-    with blas_threads(blas or max(1, num_cores() // at_once)):
-        if at_once == 1:
-            yield from map(function, itertools.chain(first, rest))
-        else:
-            gate = threading.Semaphore(at_once)
-            yield from in_order(
-                lambda piece: _pool().submit(_on_own_stream, gate, function, piece),
-                itertools.chain(first, rest),
-                at_once=at_once,
-            )
+    group = list(itertools.islice(rest, count))
+    with blas_threads(blas or max(1, num_cores() // max(1, len(group)))):
+        waiting: list[Built] = []
+        while group:
+            built = _started(build, group)
+            mx.eval(_arrays(waiting))  # by now: waits, for next to nothing
+            yield from waiting
+            waiting, group = built, list(itertools.islice(rest, count))
+        mx.eval(_arrays(waiting))
+        yield from waiting
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads that live as long as the process: MLX never ends a stream's own thread."""
-    return ThreadPoolExecutor(num_cores(), thread_name_prefix="twinkeel-mlx", initializer=_start)
+def _started(build: Callable[[Piece], Built], group: Sequence[Piece]) -> list[Built]:
+    built = []
+    for number, piece in enumerate(group):
+        with mx.stream(_stream(number) if len(group) > 1 else mx.default_stream(mx.default_device())):
+            built.append(build(piece))
+    in_turns = itertools.zip_longest(*(_arrays(one) for one in built))
+    mx.async_eval([array for turn in in_turns for array in turn if array is not None])
+    return built
 
 
-def _start() -> None:
-    _own.stream = mx.new_stream(mx.cpu)
+def _arrays(tree: Any) -> list[mx.array]:
+    return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
 
 
-def _on_own_stream(gate: threading.Semaphore, function: Callable[[Piece], Done], given: Piece) -> Done:
-    with gate, mx.stream(_own.stream):
-        return function(given)
+def _stream(number: int) -> mx.Stream:
+    """This thread's. Streams live as long as the process: MLX never ends one."""
+    streams: list[mx.Stream] = _own.__dict__.setdefault("streams", [])
+    while len(streams) <= number:
+        streams.append(mx.new_stream(mx.cpu))
+    return streams[number]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.mlx.absent_layers import StreamedPart, prefixes, streamed_gradients
-from backends.mlx.cores import building, map_on_cores, num_cores
+from backends.mlx.cores import num_streams, on_streams
 from backends.mlx.loss import Selection, host_logits, summed_loss, token_losses, token_replay
 from backends.mlx.memory import MemoryMeter, translate_out_of_memory, trim_memory
 from backends.mlx.model import Network
@@ -101,7 +101,7 @@ class MlxLearner:
         self._meter = MemoryMeter(accelerator=accelerator)
         self._on_close = on_close
         self._closed = False
-        self._cutter = Cutter(network, compiled=compiled, num_cores=num_cores())
+        self._cutter = Cutter(network, compiled=compiled, num_streams=num_streams())
         compile_ = mx.compile if compiled else _as_it_is
         self._gradients = compile_(self._gradients_of_microbatch)
         self._update = compile_(self._updated)
@@ -119,7 +119,7 @@ class MlxLearner:
             if self._cutter.by_row:
                 # At most as many rows at once as the largest micro-batch has: memory does not grow with the cores.
                 most = max(2, *(len(batch.row_ids) for batch in microbatches))
-                sums, total = self._summed(work, count=min(self._cutter.num_cores, most))
+                sums, total = self._summed(work, count=min(self._cutter.num_streams, most))
             else:
                 sums, total = self._summed_on_device(work)
             return self._apply(sums, total, num_targets=num_targets, lr=lr)
@@ -134,7 +134,6 @@ class MlxLearner:
             key = mx.random.key(step_seed(self._seed, step, index))
             # A key for each part: on another number of cores, which makes other parts, the masks are others.
             keys = [key] if len(parts) == 1 else list(mx.random.split(key, len(parts)))
-            mx.eval(keys)  # waits, for next to nothing: other threads will use them
             aux = self._aux_arrays(batch, batch.num_real_tokens / num_tokens, num_targets)
             yield from (_Work(part, own, aux) for part, own in zip(parts, keys, strict=True))
 
@@ -149,25 +148,22 @@ class MlxLearner:
 
     def _summed(self, work: Iterable[_Work], *, count: int) -> tuple[Sums, Parameters]:
         """As `_summed_on_device`, `count` at a time; added up in the order of the work."""
-        mx.eval(self.parameters)  # no thread may wait for another one's stream
         if self.network.streams:
             found = self._streamed(list(work))
         else:
-            found = map_on_cores(self._gradients_here, work, count=count)
+            found = on_streams(self._gradients_of, work, count=count)
         sums: Sums | None = None
         total: Parameters | None = None
         with closing(found):
             for own_sums, own in found:
                 sums, total = _added(sums, total, own_sums, own)
-                mx.eval(sums, total)  # computed already but for this sum; the gradients go
+                mx.async_eval(sums, total)
         assert sums is not None and total is not None
         return sums, total
 
-    def _gradients_here(self, one: _Work) -> tuple[Sums, Parameters]:
-        with building:
-            found: tuple[Sums, Parameters]
-            found = self._gradients(self.parameters, None, None, one.key, one.aux, *one.part.arrays)
-        mx.eval(found)  # waits here: no other thread may wait for this one's stream
+    def _gradients_of(self, one: _Work) -> tuple[Sums, Parameters]:
+        found: tuple[Sums, Parameters]
+        found = self._gradients(self.parameters, None, None, one.key, one.aux, *one.part.arrays)
         return found
 
     def _streamed(self, work: Sequence[_Work]) -> Generator[tuple[Sums, Parameters], None, None]:
@@ -298,7 +294,6 @@ class MlxLearner:
         return replace(joined(found), expert_tokens=None if counts is None else np.array(counts).astype(np.int64))
 
     def _evaluate_on_cores(self, batches: Iterable[Batch]) -> RowLosses:
-        mx.eval(self.parameters)  # no thread may wait for another one's stream
         row_ids: list[IntArray] = []
 
         def noted() -> Iterator[Batch]:
@@ -309,26 +304,25 @@ class MlxLearner:
         nll: dict[int, FloatArray] = {}
         num_targets: dict[int, IntArray] = {}
         with translate_out_of_memory("an evaluation"):
-            count = 1 if self.network.streams else self._cutter.num_cores
-            for work in self._cutter.for_evaluation(noted()):
-                with closing(map_on_cores(self._losses_here, work, count=count)) as computed:
-                    for number, rows, losses in computed:
-                        sums, counts = summed_by_row(losses, rows, len(row_ids[number]))
-                        nll[number] = nll.get(number, 0.0) + sums
-                        num_targets[number] = num_targets.get(number, 0) + counts
+            work = self._cutter.for_evaluation(noted())
+            count = 1 if self.network.streams else self._cutter.num_streams
+            with closing(on_streams(self._losses_of, work, count=count)) as computed:
+                for number, selection, losses in computed:
+                    values = np.array(losses[: selection.num_targets], np.float64)
+                    sums, counts = summed_by_row(values, selection.row, len(row_ids[number]))
+                    nll[number] = nll.get(number, 0.0) + sums
+                    num_targets[number] = num_targets.get(number, 0) + counts
         found = [
             real(ids, nll.get(number, np.zeros(len(ids))), num_targets.get(number, np.zeros(len(ids), np.int64)))
             for number, ids in enumerate(row_ids)
         ]
         return joined(found)
 
-    def _losses_here(self, numbered: tuple[int, Part]) -> tuple[int, IntArray, FloatArray]:
-        """The batch's number, and of each target its row and loss."""
+    def _losses_of(self, numbered: tuple[int, Part]) -> tuple[int, Selection, mx.array]:
+        """The batch's number, and the loss of each of the part's targets."""
         number, part = numbered
-        with building:
-            losses, _ = self._losses(self.parameters, None, *part.arrays[:-1], None, None)
-        # Waits here: no other thread may wait for this one's stream.
-        return number, part.selection.row, np.array(losses[: part.selection.num_targets], np.float64)
+        losses, _ = self._losses(self.parameters, None, *part.arrays[:-1], None, None)
+        return number, part.selection, losses
 
     def replay(self, batches: Iterable[Batch]) -> Replay:
         """Waits for the device at every batch: it is for a few rows."""

@@ -10,14 +10,10 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from backends.mlx.fastmath import on_cpu
 from backends.mlx.loss import Selection, select_packed, select_targets
 from backends.mlx.model import Network
 from backends.mlx.packing import Layout, cut, pack
 from core.protocols import Batch, IntArray, Prefix
-
-MAX_WHOLE = 4
-"""Whole batches that are evaluated at a time: what is in memory does not grow with the number of cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,53 +38,43 @@ class Part:
 class Cutter:
     """How a learner lays out batches."""
 
-    def __init__(self, network: Network, *, compiled: bool, num_cores: int) -> None:
+    def __init__(self, network: Network, *, compiled: bool, num_streams: int) -> None:
         """
         Args:
             compiled: functions are compiled for each shape: there are to be few.
-            num_cores: what a batch is cut for, where it can be cut.
+            num_streams: what a batch is cut for, where it can be cut.
         """
         self._network = network
         self._exact = not compiled
         self.by_row = network.packs_rows and not compiled
-        self.num_cores = num_cores if self.by_row else 1
+        self.num_streams = num_streams if self.by_row else 1
 
     def whole(self, batch: Batch) -> Part:
         """All rows; filler rows may be left out."""
         return self._part(batch, None, share=True)
 
     def parts(self, batch: Batch, *, share: bool = True) -> list[Part]:
-        """As many as there are cores to compute them, or rows; without those that have no target.
+        """As many as there are streams to compute them, or rows; without those that have no target.
 
         Args:
             share: a start that all rows have in common may be computed once.
         """
         if not batch.num_targets:
             return []
-        if self.num_cores == 1:
+        if self.num_streams == 1:
             found = [self._part(batch, None, share=share)]
         else:
-            rows = cut(batch, self.num_cores, target_cost=self._network.target_cost)
+            rows = cut(batch, self.num_streams, target_cost=self._network.target_cost)
             found = [self._part(batch, some, share=share) for some in rows]
         return [part for part in found if part.selection.num_targets]
 
-    def for_evaluation(self, batches: Iterable[Batch]) -> Iterator[Iterable[tuple[int, Part]]]:
-        """Each batch's number and what of it to compute, in groups, one after the other.
-
-        On few cores one group: as many whole batches as there are cores at a time, and of the last few, parts. On more
-        than `MAX_WHOLE` the parts of so many batches are a group.
-        """
+    def for_evaluation(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Part]]:
+        """Each batch's number and what of it to compute: whole batches, and of the last few, which are fewer than there
+        are streams, parts."""
         numbered = enumerate(batches)
-        if self.num_cores <= MAX_WHOLE:
-            yield self._whole_while_enough(numbered)
-            return
-        while some := list(islice(numbered, MAX_WHOLE)):
-            yield ((number, part) for number, batch in some for part in self.parts(batch))
-
-    def _whole_while_enough(self, numbered: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Part]]:
-        while some := list(islice(numbered, self.num_cores)):
+        while some := list(islice(numbered, self.num_streams)):
             for number, batch in some:
-                parts = [self.whole(batch)] if len(some) == self.num_cores else self.parts(batch)
+                parts = [self.whole(batch)] if len(some) == self.num_streams else self.parts(batch)
                 yield from ((number, part) for part in parts)
 
     def _part(self, batch: Batch, rows: IntArray | None, *, share: bool) -> Part:
@@ -116,12 +102,7 @@ def _on_device(entering: npt.NDArray[np.generic], layout: Layout | None, selecti
 def _states(states: npt.NDArray[np.generic]) -> mx.array:
     """bfloat16 comes as its bits."""
     array = mx.array(np.ascontiguousarray(states))
-    if array.dtype != mx.uint16:
-        return array
-    array = array.view(mx.bfloat16)
-    if on_cpu():  # computed at once: another thread, which will use it, may not wait for this one's stream
-        mx.eval(array)
-    return array
+    return array.view(mx.bfloat16) if array.dtype == mx.uint16 else array
 
 
 def to_prefix(states: mx.array, routed: mx.array | None) -> Prefix:

@@ -1,10 +1,9 @@
-"""The MLX backend's threads and exponentials."""
+"""The MLX backend's streams and exponentials."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,41 +17,81 @@ if missing := missing_package("mlx"):
     pytest.skip(f"mlx: {missing} is not installed", allow_module_level=True)
 
 from backends.mlx import cores, fastmath
+from backends.mlx.backend import prepare_device
 from backends.mlx.blas import _thread_setting, blas_threads
 
 import mlx.core as mx  # isort: skip
 
 
 def test_results_keep_their_order_and_errors_come_through() -> None:
-    def tripled(value: int) -> int:
+    def tripled(value: int) -> tuple[int, dict[str, mx.array]]:
         if value == 5:
             raise ValueError("five")
-        array = mx.arange(1000 * (7 - value)).sum() * 0 + value
-        return int(np.array(array * 3))
+        return value, {"tripled": mx.arange(1000 * (7 - value)).sum() * 0 + 3 * value}
 
-    assert list(cores.map_on_cores(tripled, range(5), count=3)) == [0, 3, 6, 9, 12]
+    found = [(value, int(made["tripled"])) for value, made in cores.on_streams(tripled, range(5), count=3)]
+    assert found == [(0, 0), (1, 3), (2, 6), (3, 9), (4, 12)]
     with pytest.raises(ValueError, match="five"):
-        list(cores.map_on_cores(tripled, range(9), count=3))
+        list(cores.on_streams(tripled, range(9), count=3))
 
 
-def test_no_more_at_once_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, both, running, most = threading.Lock(), threading.Barrier(2, timeout=30), 0, 0
-    pool = ThreadPoolExecutor(4, initializer=cores._start)
-    monkeypatch.setattr(cores, "_pool", lambda: pool)
+def test_each_has_a_stream_of_its_own_and_the_streams_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What MLX is given at once decides which stream it feeds first."""
+    given: list[list[int]] = []
+    async_eval = mx.async_eval
 
-    def work(value: int) -> int:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        both.wait()
-        with lock:
-            running -= 1
-        return value
+    def noting(arrays: list[mx.array]) -> None:
+        given.append([int(array.size) for array in arrays])
+        async_eval(arrays)  # type: ignore[no-untyped-call]
 
-    assert list(cores.map_on_cores(work, range(10), count=2)) == list(range(10))
-    assert most == 2
-    pool.shutdown()
+    monkeypatch.setattr(mx, "async_eval", noting)
+    streams: list[mx.Stream] = []
+
+    def built(value: int) -> list[mx.array]:
+        streams.append(mx.default_stream(mx.cpu))
+        return [mx.zeros(10 * value + number) for number in range(value)]
+
+    default = mx.default_stream(mx.cpu)
+    found = list(cores.on_streams(built, [2, 3, 2, 1, 2], count=2))
+    assert given == [[20, 30, 21, 31, 32], [20, 10, 21], [20, 21]]
+    assert [len(arrays) for arrays in found] == [2, 3, 2, 1, 2]
+    one, two = streams[:2]
+    assert streams == [one, two, one, two, default]
+    assert len({str(stream) for stream in (one, two, default)}) == 3
+
+
+def test_the_next_group_is_computed_while_one_is_read() -> None:
+    built: list[int] = []
+
+    def build(value: int) -> mx.array:
+        built.append(value)
+        return mx.array(value) + 1
+
+    found = cores.on_streams(build, range(9), count=2)
+    assert int(next(found)) == 1
+    assert built == [0, 1, 2, 3]
+    found.close()
+    assert built == [0, 1, 2, 3]
+
+
+def test_another_thread_has_streams_of_its_own() -> None:
+    def totals() -> list[int]:
+        return [int(total) for total in cores.on_streams(lambda n: mx.arange(n).sum(), range(1, 7), count=2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(totals), pool.submit(totals)
+    assert first.result() == second.result() == totals() == [0, 1, 3, 6, 10, 15]
+
+
+def test_on_a_cpu_graphs_are_gone_through_in_breadth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX reads it once for a process, at its first evaluation."""
+    for given, expected in ((None, "4096"), ("7", "7")):
+        monkeypatch.delenv("MLX_BFS_MAX_WIDTH", raising=False)
+        if given:
+            monkeypatch.setenv("MLX_BFS_MAX_WIDTH", given)
+        restore = prepare_device("cpu")
+        assert os.environ["MLX_BFS_MAX_WIDTH"] == expected
+        restore()
 
 
 @pytest.mark.parametrize(("number", "blas", "threads"), [(1, None, 8), (3, None, 2), (20, None, 1), (1, 1, 1)])
@@ -67,8 +106,14 @@ def test_few_parts_leave_blas_the_other_cores(
 
     monkeypatch.setattr(cores, "num_cores", lambda: 8)
     monkeypatch.setattr(cores, "blas_threads", noting)
-    assert list(cores.map_on_cores(abs, range(number), count=8, blas=blas)) == list(range(number))
+    assert [int(n) for n in cores.on_streams(mx.array, range(number), count=8, blas=blas)] == list(range(number))
     assert told == [threads]
+
+
+def test_no_more_streams_than_can_be_fed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, expected in ((1, 1), (2, 2), (16, cores.MAX_STREAMS)):
+        monkeypatch.setattr(cores, "num_cores", lambda count=count: count)
+        assert cores.num_streams() == expected
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -182,8 +181,8 @@ def test_the_start_is_computed_once_and_padding_not_at_all(
 ) -> None:
     """Rows of 21, 14, 12 and 17 with 9 in common: 64 - 27 positions on one core; in two parts, 64 - 18."""
     batch = with_start(make_batch((21, 14, 12, 17)), 9)
-    for num_cores, positions in ((1, [37]), (2, [24, 22])):
-        monkeypatch.setattr("backends.mlx.learner.num_cores", lambda n=num_cores: n)
+    for num_streams, positions in ((1, [37]), (2, [24, 22])):
+        monkeypatch.setattr("backends.mlx.learner.num_streams", lambda n=num_streams: n)
         learner = opened(models["llama"])
         entered.clear()
         learner.train_step([batch], step=1, lr=LR)
@@ -219,7 +218,7 @@ def test_states_have_the_same_bits_on_any_number_of_cores(
     rows = rows_of(make_batch((16, 9, 3, 12, 5)))
     found = []
     for count in (1, 3):
-        monkeypatch.setattr("backends.mlx.absent_layers.num_cores", lambda count=count: count)
+        monkeypatch.setattr("backends.mlx.absent_layers.num_streams", lambda count=count: count)
         found.append(list(opened(models["llama"], lora={"frozen_fraction": 0.7}).prefixes(rows)))
     for one, other in zip(*found, strict=True):
         np.testing.assert_array_equal(one.states, other.states)
@@ -265,32 +264,23 @@ def test_cuts_are_even() -> None:
 
 def test_an_evaluation_takes_whole_batches_while_there_are_enough(models: dict[str, Path], opened: Any) -> None:
     network = opened(models["llama"]).network
-    cutter = parts.Cutter(network, compiled=False, num_cores=2)
+    cutter = parts.Cutter(network, compiled=False, num_streams=2)
     batches = [make_batch((9, 7), first_row=2 * n) for n in range(3)]
-    (group,) = cutter.for_evaluation(batches)
-    found = [(number, part.layout[1]) for number, part in group if part.layout]
+    found = [(number, part.layout[1]) for number, part in cutter.for_evaluation(batches) if part.layout]
     assert found == [(0, ((1, 9), (1, 7))), (1, ((1, 9), (1, 7))), (2, ((1, 9),)), (2, ((1, 7),))]
-
-
-def test_on_many_cores_four_batches_are_evaluated_at_a_time(models: dict[str, Path], opened: Any) -> None:
-    network = opened(models["llama"]).network
-    cutter = parts.Cutter(network, compiled=False, num_cores=8)
-    batches = [make_batch((9, 7), first_row=2 * n) for n in range(5)]
-    groups = [[number for number, _ in group] for group in cutter.for_evaluation(batches)]
-    assert groups == [[0, 0, 1, 1, 2, 2, 3, 3], [4, 4]]
 
 
 def test_more_cores_train_no_more_rows_at_once(
     models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 8)
+    monkeypatch.setattr("backends.mlx.learner.num_streams", lambda: 4)
     counts: list[int] = []
 
     def noting(*args: Any, count: int, **kwargs: Any) -> Any:
         counts.append(count)
-        return cores.map_on_cores(*args, count=count, **kwargs)
+        return cores.on_streams(*args, count=count, **kwargs)
 
-    monkeypatch.setattr("backends.mlx.learner.map_on_cores", noting)
+    monkeypatch.setattr("backends.mlx.learner.on_streams", noting)
     learner = opened(models["llama"])
     learner.train_step([make_batch((9, 7, 8)), make_batch((6,)), make_batch((5, 5))], step=1, lr=LR)
     learner.train_step([make_batch((9,), first_row=n) for n in range(4)], step=2, lr=LR)
@@ -300,15 +290,8 @@ def test_more_cores_train_no_more_rows_at_once(
 # --- several cores
 
 
-def failing_here(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, but on the main thread an error."""
-
-    def fail(*given: Any) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            raise ZeroDivisionError
-        return function(*given)
-
-    return fail
+def fail(*_: Any) -> Any:
+    raise ZeroDivisionError
 
 
 def test_an_error_between_two_results_gives_blas_its_cores_back(
@@ -325,7 +308,7 @@ def test_an_error_between_two_results_gives_blas_its_cores_back(
             held.pop()
 
     monkeypatch.setattr(cores, "blas_threads", noting)
-    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 2)
+    monkeypatch.setattr("backends.mlx.learner.num_streams", lambda: 2)
     learner = opened(models["llama"], lora={"frozen_fraction": 0.4})
     batches = [make_batch((9, 7)), make_batch((8, 6))]
     uses: list[tuple[str, Callable[[], object]]] = [
@@ -334,7 +317,7 @@ def test_an_error_between_two_results_gives_blas_its_cores_back(
         ("_added", lambda: learner.train_step(batches, step=1, lr=LR)),
     ]
     for name, use in uses:
-        monkeypatch.setattr(learner_module, name, failing_here(getattr(learner_module, name)))
+        monkeypatch.setattr(learner_module, name, fail)
         try:
             use()
         except ZeroDivisionError:
@@ -343,10 +326,10 @@ def test_an_error_between_two_results_gives_blas_its_cores_back(
             pytest.fail("no error")
 
 
-def test_stored_bfloat16_states_reach_the_other_threads(
+def test_stored_bfloat16_states_reach_the_other_streams(
     models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 2)
+    monkeypatch.setattr("backends.mlx.learner.num_streams", lambda: 2)
     half = {"model": {"dtype": "bfloat16"}, "lora": {"frozen_fraction": 0.4}, "optim": SGD}
     plain, other = opened(models["llama"], **half), opened(models["llama"], **half)
     batch = with_start(make_batch((21, 14, 12, 17)), 9)
@@ -368,7 +351,7 @@ def test_streamed_layers_in_portions_have_the_same_bits(
         return compute(network, parameters, some)
 
     monkeypatch.setattr(absent_layers, "_gradients_together", noting)
-    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: 2)
+    monkeypatch.setattr("backends.mlx.learner.num_streams", lambda: 2)
     batches, found = [make_batch((9, 7)), make_batch((8, 6)), make_batch((5,))], []
     for num_bytes in (portions.PORTION_BYTES, 20 * 64 * 4 * 3, 1):  # positions, hidden size, float32, layers
         monkeypatch.setattr(portions, "PORTION_BYTES", num_bytes)
@@ -404,11 +387,11 @@ def test_a_nan_shows(models: dict[str, Path], opened: Any) -> None:
     assert not np.isfinite(float(out.grad_norm))
 
 
-@pytest.mark.parametrize("num_cores", [1, 2, 8])
+@pytest.mark.parametrize("num_streams", [1, 2, 4])
 def test_a_batch_without_targets_in_an_evaluation(
-    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch, num_cores: int
+    models: dict[str, Path], opened: Any, monkeypatch: pytest.MonkeyPatch, num_streams: int
 ) -> None:
-    monkeypatch.setattr("backends.mlx.learner.num_cores", lambda: num_cores)
+    monkeypatch.setattr("backends.mlx.learner.num_streams", lambda: num_streams)
     learner = opened(models["llama"])
     some, other = make_batch((9, 7)), make_batch((8, 6), first_row=2)
     none = replace(other, targets=np.full_like(other.targets, IGNORE))
