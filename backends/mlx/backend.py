@@ -213,7 +213,7 @@ def prepare_device(device: Device) -> Callable[[], None]:
     import mlx.core as mx
 
     from backends.mlx.cores import WIDE_ORDER
-    from backends.mlx.memory import cache_limit_bytes, keep_freed_memory, total_bytes
+    from backends.mlx.memory import CPU_CACHE_BYTES, cache_limit_bytes, keep_freed_memory, total_bytes
 
     if device == "cpu":
         keep_freed_memory()
@@ -221,7 +221,7 @@ def prepare_device(device: Device) -> Callable[[], None]:
             os.environ.setdefault(name, value)
     default = mx.default_device()
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
-    cache_limit = mx.set_cache_limit(cache_limit_bytes(total_bytes()))
+    cache_limit = mx.set_cache_limit(cache_limit_bytes(total_bytes()) if device == "gpu" else CPU_CACHE_BYTES)
     wired_limit: int | None = None
     if device == "gpu":
         # As mlx-lm does: memory that the system may not page out, which macOS 15 can grant.

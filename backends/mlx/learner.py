@@ -242,6 +242,7 @@ class MlxLearner:
             position=position,
             target=target,
             weight=weight,
+            vocabulary=self.network.vocabulary,
             label_smoothing=self._label_smoothing,
         )
 
@@ -296,17 +297,16 @@ class MlxLearner:
     def _evaluate_on_cores(self, batches: Iterable[Batch]) -> RowLosses:
         row_ids: list[IntArray] = []
 
-        def noted() -> Iterator[Batch]:
-            for batch in batches:
+        def pieces() -> Iterator[tuple[int, Part]]:
+            for batch, parts in self._cutter.for_evaluation(batches):
                 row_ids.append(batch.row_ids)
-                yield batch
+                yield from ((len(row_ids) - 1, part) for part in parts)
 
         nll: dict[int, FloatArray] = {}
         num_targets: dict[int, IntArray] = {}
         with translate_out_of_memory("an evaluation"):
-            work = self._cutter.for_evaluation(noted())
             count = 1 if self.network.streams else self._cutter.num_streams
-            with closing(on_streams(self._losses_of, work, count=count)) as computed:
+            with closing(on_streams(self._losses_of, pieces(), count=count)) as computed:
                 for number, selection, losses in computed:
                     values = np.array(losses[: selection.num_targets], np.float64)
                     sums, counts = summed_by_row(values, selection.row, len(row_ids[number]))
@@ -359,7 +359,7 @@ class MlxLearner:
     ) -> tuple[mx.array, mx.array | None]:
         """The loss of each target, and of a mixture the tokens of each expert, int32 [layers, experts], so far."""
         hidden, routed = self.network.routed_states(parameters, tokens, layout=layout, is_token=is_token)
-        losses = token_losses(self.network.project, hidden, position, target)
+        losses = token_losses(self.network.project, hidden, position, target, vocabulary=self.network.vocabulary)
         if not routed:
             return losses, None
         counts = mx.stack([counts for counts, _ in routed])

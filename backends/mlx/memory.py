@@ -15,6 +15,8 @@ import mlx.core as mx
 from core.errors import OutOfMemoryError
 from core.protocols import MemoryStats
 
+CPU_CACHE_BYTES = 64 << 20
+"""Bound of MLX's buffer cache on a CPU: batches have sizes of their own, so little of a larger one is used again."""
 _GIB = 2**30
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of glibc's malloc.h."""
@@ -50,7 +52,7 @@ class MemoryMeter:
 
 
 def cache_limit_bytes(total: int) -> int:
-    """Bound of MLX's buffer cache: a sixteenth of the memory, between 1 and 8 GiB."""
+    """Bound of MLX's buffer cache on a GPU: a sixteenth of the memory, between 1 and 8 GiB."""
     return min(max(total // 16, _GIB), 8 * _GIB)
 
 
@@ -62,8 +64,9 @@ def total_bytes() -> int:
 def keep_freed_memory() -> None:
     """Tells glibc not to give freed buffers back to the system, nor to map those up to 32 MB, its limit, anew.
 
-    MLX's own buffer cache is for GPUs. Without this, every 1,024 numbers of a large result cost a page fault, which
-    takes several times as long as adding them. For the rest of the process; `trim_memory` gives back what is free.
+    MLX's own buffer cache gives out buffers of nearly the same size only. Without this, every 1,024 numbers of a large
+    result cost a page fault, which takes several times as long as adding them. For the rest of the process;
+    `trim_memory` gives back what is free.
     """
     if mallopt := getattr(_libc(), "mallopt", None):
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)

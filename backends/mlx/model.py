@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx.absent_layers import run_streamed
-from backends.mlx.fastmath import on_cpu
-from backends.mlx.layers import is_plain, run_packed
+from backends.mlx.fastmath import is_wanted, on_cpu
+from backends.mlx.layers import Common, is_plain, run_packed
 from backends.mlx.loading import Base
 from backends.mlx.packing import Layout
 from backends.mlx.routers import Routed, run_watched
@@ -287,13 +287,14 @@ class Network:
         """
         model = self.module.model
         mask = None if layout is not None else self._mask(hidden, cache[0] if cache else None)
+        common = None if layout is None else Common(layout, window=self._base.window)
         routed: list[Routed] = []
         for number in numbers:
             slots = self._by_layer[number]
             own = {name: parameters[name] for name in self.names_of(number)}
             layer, layer_cache = (layers or model.layers)[number], cache[number] if cache else None
-            if layout is not None:
-                work = functools.partial(run_packed, layer, layout=layout, window=self._base.window)
+            if common is not None:
+                work = functools.partial(run_packed, layer, common=common)
                 run = functools.partial(_run_packed_layer, work, slots, keys)
             else:
                 run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys, is_token)
@@ -317,6 +318,13 @@ class Network:
         """Logits [..., V] of hidden states [..., D], in the compute type."""
         module = self.module
         return module.model.embed_tokens.as_linear(hidden) if self._base.tied else module.lm_head(hidden)
+
+    @property
+    def vocabulary(self) -> mx.array | None:
+        """What `project` multiplies by, float32 [V, D], if that is all it does, and on a CPU; else None."""
+        head = self.module.model.embed_tokens if self._base.tied else self.module.lm_head
+        is_plain_matrix = type(head) in (nn.Embedding, nn.Linear) and set(head) == {"weight"}
+        return head.weight if is_plain_matrix and is_wanted(head.weight) else None
 
     def make_cache(self, padding: Sequence[int]) -> list[Any]:
         """An empty key-value cache per layer, for as many rows as `padding` has numbers: tokens that the row is padded

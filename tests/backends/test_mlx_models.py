@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import backends
 from core.errors import UserError
+from core.protocols import IGNORE, Batch
 from tests.backends.conftest import (
     LR,
     assert_same_state,
@@ -124,6 +125,13 @@ def test_logits_equal_those_of_transformers(opened: Callable[..., MlxLearner], t
     learner = opened(folder, initial=make_adapter(folder, config, filled=False))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(logits(learner, tokens), expected, rtol=0, atol=1e-5 * scale)
+    # Rows of several lengths with a start in common, as they are trained: packed, where the model allows it.
+    tokens[1, :12] = tokens[0, :12]
+    targets = np.full_like(tokens, IGNORE)
+    targets[0, 12:], targets[1, 12:30] = 5, 5
+    expected = _peer_logits(folder, tokens)[targets != IGNORE]
+    found = learner.target_logits(Batch(np.arange(2), tokens, targets))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
 
 
 MISREAD: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from core import portions
-from core.protocols import FILLER_ROW, IGNORE, Batch
+from core.protocols import FILLER_ROW, IGNORE, Batch, Prefix
 from tests.backends.conftest import LR, assert_same_state, make_batch, microbatches, missing_package, open_learner
 from tests.backends.test_prefix import stored
 from tests.tiny import PAD_ID, make_model
@@ -59,13 +59,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch, opened: Callable[..., MlxLearner]) -> Callable[..., MlxLearner]:
-    """Opens a learner that does it mlx-lm's way: padded rows through mlx-lm's own layers, on one stream."""
+    """Opens a learner that does it mlx-lm's way: padded rows through mlx-lm's own layers, whole rows of logits, on one
+    stream."""
 
     def open_plain(*args: Any, **kwargs: Any) -> MlxLearner:
         with monkeypatch.context() as patch:
             patch.setattr(Network, "packs", False)
             learner = opened(*args, **kwargs)
-        learner.network.__class__ = type("Plain", (Network,), {"packs": False})
+        learner.network.__class__ = type("Plain", (Network,), {"packs": False, "vocabulary": None})
         return learner
 
     return open_plain
@@ -151,9 +152,9 @@ def test_where_shapes_are_compiled_the_start_is_apart_too(
     monkeypatch.setattr(mx, "compile", lambda function: function)
     run = layers.run_packed
 
-    def noting(layer: Any, hidden: mx.array, *, layout: Layout, window: int | None) -> mx.array:
-        layouts.append(layout)
-        return run(layer, hidden, layout, window=window)
+    def noting(layer: Any, hidden: mx.array, common: layers.Common) -> mx.array:
+        layouts.append(common.layout)
+        return run(layer, hidden, common)
 
     monkeypatch.setattr(model_module, "run_packed", noting)
     two = opened(models["llama"], optim=SGD)
@@ -262,12 +263,37 @@ def test_cuts_are_even() -> None:
     assert [part.tolist() for part in cut(batch, 1, target_cost=1.0)] == [[1, 2, 3]]
 
 
-def test_an_evaluation_takes_whole_batches_while_there_are_enough(models: dict[str, Path], opened: Any) -> None:
+def test_an_evaluation_takes_batches_together_in_even_parts(models: dict[str, Path], opened: Any) -> None:
+    """Rows of 9, 7, 8 and 4, then 9 and 7, and then as many batches as are left."""
     network = opened(models["llama"]).network
     cutter = parts.Cutter(network, compiled=False, num_streams=2)
-    batches = [make_batch((9, 7), first_row=2 * n) for n in range(3)]
-    found = [(number, part.layout[1]) for number, part in cutter.for_evaluation(batches) if part.layout]
-    assert found == [(0, ((1, 9), (1, 7))), (1, ((1, 9), (1, 7))), (2, ((1, 9),)), (2, ((1, 7),))]
+    batches = [make_batch((9, 7)), make_batch((8, 4), first_row=2), make_batch((6, 5), first_row=4)]
+    found = [
+        (batch.row_ids.tolist(), sorted([length for _, length in part.layout[1]] for part in some if part.layout))
+        for batch, some in cutter.for_evaluation(batches)
+    ]
+    assert found == [([0, 1, 2, 3], [[7, 8], [9, 4]]), ([4, 5], [[5], [6]])]
+
+
+def test_batches_together(models: dict[str, Path], opened: Any) -> None:
+    one, two = make_batch((9, 7), width=11), make_batch((5,), first_row=2)
+    states = [Prefix(np.random.default_rng(n).normal(size=(*b.inputs.shape, 4))) for n, b in enumerate((one, two))]
+    both = [replace(batch, prefix=prefix) for batch, prefix in zip((one, two), states, strict=True)]
+    found = parts.together(both)
+    assert found.row_ids.tolist() == [0, 1, 2]
+    assert found.inputs.shape == found.targets.shape == (3, 11)
+    for number, (batch, row) in enumerate([(both[0], 0), (both[0], 1), (both[1], 0)]):
+        width = batch.inputs.shape[1]
+        assert found.prefix is not None
+        assert batch.prefix is not None
+        np.testing.assert_array_equal(found.inputs[number, :width], batch.inputs[row])
+        np.testing.assert_array_equal(found.targets[number, :width], batch.targets[row])
+        np.testing.assert_array_equal(found.prefix.states[number, :width], batch.prefix.states[row])
+        assert (found.targets[number, width:] == IGNORE).all()
+    cutter = parts.Cutter(opened(models["llama"]).network, compiled=False, num_streams=2)
+    mixed = [batch for batch, _ in cutter.for_evaluation([one, both[1]])]
+    assert mixed[0] is one
+    assert mixed[1] is both[1]
 
 
 def test_more_cores_train_no_more_rows_at_once(

@@ -28,8 +28,10 @@ if missing := missing_package("mlx"):
     pytest.skip(f"mlx: {missing} is not installed", allow_module_level=True)
 
 from backends.mlx import backend as backend_module
+from backends.mlx import columns
 from backends.mlx import loss as loss_module
 from backends.mlx.learner import MlxLearner
+from backends.mlx.model import Network
 
 import mlx.core as mx  # isort: skip
 
@@ -175,22 +177,34 @@ def _peak_of_one(learner: MlxLearner, batch: Batch, call: str) -> int:
 
 
 @pytest.mark.parametrize("call", ["train", "evaluate"])
+@pytest.mark.parametrize("by_columns", [True, False])
 def test_logits_never_exist_whole(
-    wide_vocabulary: Path, opened: Callable[..., MlxLearner], monkeypatch: pytest.MonkeyPatch, call: str
+    wide_vocabulary: Path,
+    opened: Callable[..., MlxLearner],
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    by_columns: bool,
 ) -> None:
-    """Logits of 344 targets x 32768 tokens in float32 are 43 MiB; few targets, or chunks of 8, must need far less.
+    """Logits of 344 targets x 32768 tokens in float32 are 43 MiB; few targets, or small pieces, must need far less.
 
     Seen: 0.2 to 0.4 of that for both, and 3 to 5 times that for all logits at once.
     """
+    if not by_columns:
+        monkeypatch.setattr(Network, "vocabulary", None)
     learner = opened(wide_vocabulary)
     everywhere = make_batch((128, 128, 128, 128))
     whole = everywhere.num_targets * 32768 * 4
     few = replace(everywhere, targets=everywhere.targets.copy())
     few.targets[:, :-4] = IGNORE
+    sizes = {(columns, "COLUMNS"): (2**20, 256)} if by_columns else {(loss_module, "CHUNK"): (1024, 8)}
+    for (module, name), (large, _) in sizes.items():
+        monkeypatch.setattr(module, name, large)
     assert _peak(learner, few, call) < whole / 2
     assert _peak(learner, everywhere, call) > whole
-    monkeypatch.setattr(loss_module, "CHUNK", 8)
-    assert _peak(learner, everywhere, call) < whole * 3 / 4  # two parts at once
+    for (module, name), (_, small) in sizes.items():
+        monkeypatch.setattr(module, name, small)
+    # two parts at once, and memory for a hundred operations ahead
+    assert _peak(learner, everywhere, call) < whole * 3 / 4
 
 
 def test_the_sum_over_a_large_vocabulary_is_exact() -> None:
@@ -218,6 +232,7 @@ def test_vocabularies_that_blocks_do_not_divide(size: int) -> None:
 
 def test_chunks_change_nothing(llama: Path, opened: Callable[..., MlxLearner], monkeypatch: pytest.MonkeyPatch) -> None:
     """1,800 targets of which the last chunk is padding for the most part, against one piece."""
+    monkeypatch.setattr(Network, "vocabulary", None)
     batch = make_batch((450, 450, 450, 450, 450, 450))
     found = []
     for chunk in (1024, 4096):
