@@ -33,7 +33,7 @@ from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
 from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
 from backends.cuda.routers import RouterWatch
-from backends.cuda.workers import Workers
+from backends.cuda.workers import Workers, last_ones_in_parts
 from core.adapter import split_name, trains_router
 from core.config import RunConfig
 from core.errors import UserError
@@ -369,7 +369,10 @@ class CudaLearner:
     def _each_nll(self, batches: Iterable[Batch]) -> Generator[Evaluated, None, None]:
         """The batches evaluated, in order. Watched routers and streamed layers take one at a time."""
         one_at_a_time = self._routers or self._streamed is not None
-        yield from map(self._nll, batches) if one_at_a_time else self._workers.map(self._nll, batches)
+        if one_at_a_time:
+            yield from map(self._nll, batches)
+        else:
+            yield from self._workers.map(self._nll, last_ones_in_parts(batches, at_once=self._workers.num_threads))
 
     @property
     def _side_by_side(self) -> str:

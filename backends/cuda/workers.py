@@ -9,14 +9,17 @@ comes after the other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from backends.cuda.memory import GPU
+from core.protocols import Batch, Prefix
 
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")
@@ -63,6 +66,28 @@ class Workers:
             self.num_threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)
         ) as pool:
             yield from _in_order(lambda piece: pool.submit(work, piece), pieces, at_once=self.num_threads)
+
+
+def last_ones_in_parts(batches: Iterable[Batch], *, at_once: int) -> Iterator[Batch]:
+    """The batches in their order, rows too; the last few, if they are fewer than are computed at once, in parts.
+
+    So nothing waits for a whole batch that is computed alone. A mixture's batches, of which is known only what all
+    their rows routed together, stay whole.
+    """
+    rest = iter(batches)
+    while some := list(islice(rest, at_once)):
+        num_parts = -(-at_once // len(some))
+        for batch in some:
+            if num_parts == 1 or (batch.prefix is not None and batch.prefix.routed is not None):
+                yield batch
+            else:
+                yield from _parts(batch, num_parts)
+
+
+def _parts(batch: Batch, number: int) -> Iterator[Batch]:
+    for rows in np.array_split(np.arange(len(batch.row_ids)), min(number, len(batch.row_ids))):
+        prefix = batch.prefix and Prefix(batch.prefix.states[rows])
+        yield Batch(batch.row_ids[rows], batch.inputs[rows], batch.targets[rows], prefix)
 
 
 def _in_order(

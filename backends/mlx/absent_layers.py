@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from backends.mlx.cores import num_streams, on_streams
+from backends.mlx.cores import num_cores, num_streams, on_streams
 from backends.mlx.packing import Layout
 from backends.mlx.routers import Routed
 from core.portions import portions
@@ -40,8 +40,9 @@ def prefixes(network: Network, rows: Sequence[TokenArray]) -> Generator[States, 
     if network.read_again is None:
         if network.packs_rows:
             work = functools.partial(_states_of_row, network)
-            # One core for each product: a row's bits don't depend on how many rows there are.
-            with closing(on_streams(work, rows, count=num_streams(), blas=1)) as found:
+            # As many cores for each product whatever the number of rows, on which a row's bits must not depend.
+            cores_each = num_cores() // num_streams()
+            with closing(on_streams(work, rows, count=num_streams(), blas=cores_each)) as found:
                 yield from found
             return
         for row in rows:

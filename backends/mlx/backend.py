@@ -209,16 +209,16 @@ def _device_name(device: Device) -> str:
 
 
 def prepare_device(device: Device) -> Callable[[], None]:
-    """Makes `device` MLX's default and bounds its buffer cache; returns what undoes it."""
+    """Makes `device` MLX's default and bounds its buffer cache; returns what undoes it. What a CPU needs beside,
+    `keep_freed_memory` and `alternate_streams`, is for the rest of the process."""
     import mlx.core as mx
 
-    from backends.mlx.cores import WIDE_ORDER
+    from backends.mlx.cores import alternate_streams
     from backends.mlx.memory import CPU_CACHE_BYTES, cache_limit_bytes, keep_freed_memory, total_bytes
 
     if device == "cpu":
         keep_freed_memory()
-        for name, value in WIDE_ORDER.items():
-            os.environ.setdefault(name, value)
+        alternate_streams()
     default = mx.default_device()
     mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
     cache_limit = mx.set_cache_limit(cache_limit_bytes(total_bytes()) if device == "gpu" else CPU_CACHE_BYTES)

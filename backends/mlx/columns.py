@@ -8,9 +8,11 @@ is given matrices that it multiplies half again as fast as the whole vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
 
 import mlx.core as mx
+import numpy as np
 
 from backends.mlx import fastmath
 
@@ -20,71 +22,79 @@ _ROWS = 256
 """Positions, at most: 4 MB of logits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """Of M positions; all float32."""
+class Vocabulary:
+    """A plain output projection."""
 
-    nll: mx.array
-    """[M]: cross-entropy in nats."""
-    objective: mx.array
-    """[M]: what is optimised: with label smoothing e, (1 - e) * CE + e * mean over the vocabulary of -log p."""
-    slope: mx.array | None
-    """[M, D]: the objective's gradient with respect to the hidden states."""
+    def __init__(self, weight: mx.array) -> None:
+        self.weight = weight
+        """float32 [V, D]"""
+
+    @functools.cached_property
+    def mean(self) -> mx.array:
+        """float32 [D]: the mean of its rows; summed in float64, since V float32 numbers in a row lose digits."""
+        return mx.array(np.array(self.weight).mean(axis=0, dtype=np.float64).astype(np.float32))
 
 
-def losses_of(
-    vocabulary: mx.array, hidden: mx.array, ids: mx.array, *, with_slope: bool, label_smoothing: float = 0.0
-) -> Losses:
-    """The losses of hidden states, without a gradient but the one in `Losses.slope`.
+def losses_of(vocabulary: Vocabulary, hidden: mx.array, ids: mx.array) -> mx.array:
+    """Cross-entropy, float32 [M] in nats.
 
     Args:
-        vocabulary: the output projection, float32 [V, D].
-        hidden: float32 [M, D] after the final norm.
+        hidden: float32 [M, D] after the final norm; M is at least 1.
         ids: integers [M]: the targets.
     """
-    hidden = mx.stop_gradient(hidden)
-    pieces = -(-len(hidden) // _ROWS)
-    size = -(-len(hidden) // max(1, pieces))
-    found: list[Losses] = []
-    for start in range(0, len(hidden), max(1, size)):
-        states = hidden[start : start + size]
-        if found:  # one piece after the other
-            states = mx.depends(states, [found[-1].nll])
-        found.append(_piece(vocabulary, states, ids[start : start + size], with_slope, label_smoothing))
-    if len(found) == 1:
-        return found[0]
-    return Losses(
-        mx.concatenate([one.nll for one in found]),
-        mx.concatenate([one.objective for one in found]),
-        mx.concatenate([one.slope for one in found if one.slope is not None]) if with_slope else None,
-    )
+    found: list[mx.array] = []
+    for states, targets in _pieces(hidden, ids):
+        log_total, at_target, _ = _over_tokens(vocabulary.weight, _after(states, found[-1:]), targets, with_slope=False)
+        found.append(log_total - at_target)
+    return mx.concatenate(found)
 
 
-def _piece(vocabulary: mx.array, hidden: mx.array, ids: mx.array, with_slope: bool, smoothing: float) -> Losses:
-    log_total, at_target, weighted = _over_tokens(vocabulary, hidden, ids, with_slope)
-    nll = log_total - at_target
-    mean = vocabulary.mean(axis=0) if smoothing else None
-    objective = nll if mean is None else (1 - smoothing) * nll + smoothing * (log_total - hidden @ mean)
-    if weighted is None:
-        return Losses(nll, objective, None)
-    slope = weighted - (1 - smoothing) * vocabulary[ids]
-    return Losses(nll, objective, slope if mean is None else slope - smoothing * mean)
+def losses_and_slopes(
+    vocabulary: Vocabulary, hidden: mx.array, ids: mx.array, *, label_smoothing: float
+) -> tuple[mx.array, mx.array]:
+    """As `losses_of`, and what is optimised differentiated with respect to the hidden states, float32 [M, D]: with
+    label smoothing e (arXiv:1512.00567), (1 - e) * CE + e * mean over the vocabulary of -log p.
+
+    There is no other gradient: the results are constants to MLX.
+    """
+    found: list[mx.array] = []
+    slopes: list[mx.array] = []
+    for states, targets in _pieces(mx.stop_gradient(hidden), ids):
+        states = _after(states, found[-1:] + slopes[-1:])
+        log_total, at_target, weighted = _over_tokens(vocabulary.weight, states, targets, with_slope=True)
+        assert weighted is not None
+        slope = weighted - (1 - label_smoothing) * vocabulary.weight[targets]
+        found.append(log_total - at_target)
+        slopes.append(slope - label_smoothing * vocabulary.mean if label_smoothing else slope)
+    return mx.concatenate(found), mx.concatenate(slopes)
+
+
+def _pieces(hidden: mx.array, ids: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
+    """Of equal size, but for rounding."""
+    size = -(-len(hidden) // -(-len(hidden) // _ROWS))
+    for start in range(0, len(hidden), size):
+        yield hidden[start : start + size], ids[start : start + size]
+
+
+def _after(array: mx.array, made: list[mx.array]) -> mx.array:
+    """The array, but not before all of `made` is there, or what these are made of would be kept meanwhile."""
+    waiting: mx.array = mx.depends(array, made) if made else array
+    return waiting
 
 
 def _over_tokens(
-    vocabulary: mx.array, hidden: mx.array, ids: mx.array, with_slope: bool
+    vocabulary: mx.array, hidden: mx.array, ids: mx.array, *, with_slope: bool
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    """Logsumexp of the logits [M], the target's logit [M], and the mean of the projection's rows by their share [M, D],
-    the gradient of the first."""
+    """Logsumexp of the logits [M], the target's logit [M], and `with_slope` the mean of the projection's rows by their
+    probability [M, D], which is the gradient of the first."""
     ids = ids.astype(mx.int32)[:, None]
     largest = mx.full((len(hidden), 1), -mx.inf)
     total, at_target = mx.zeros_like(largest), mx.zeros_like(largest)
     weighted = mx.zeros_like(hidden) if with_slope else None
     for start in range(0, len(vocabulary), COLUMNS):
         weight = vocabulary[start : start + COLUMNS]
-        # After everything that is made of the tokens before, or their logits would be kept for it.
         made = [total, at_target] if weighted is None else [total, at_target, weighted]
-        states = mx.depends(hidden, made) if start else hidden
+        states = _after(hidden, made if start else [])
         logits = states @ weight.T
         place = ids - start
         is_here = mx.logical_and(place >= 0, place < len(weight))

@@ -5,8 +5,8 @@ of work are written down as graphs on streams of their own and evaluated in one 
 
 MLX hands out at most about a hundred operations ahead of what its streams have done, all streams together, in the order
 in which it goes through the graphs. So the streams are all kept busy only if that order alternates between them: hence
-one call for all, with `WIDE_ORDER`, and outputs in turns. (A thread for each stream would not do: the streams' threads
-take each other's share of the hundred, and each core stands idle for a third of the time.)
+one call for all, in breadth-first order, and outputs in turns. (A thread for each stream would not do: they take each
+other's share of the hundred, and each core stands idle for a third of the time.)
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ Piece = TypeVar("Piece")
 Built = TypeVar("Built")
 
 MAX_STREAMS = 4
-"""More would leave each a handful of the operations that are handed out ahead."""
-WIDE_ORDER = {"MLX_BFS_MAX_WIDTH": "4096"}
-"""Environment of a process that computes on a CPU; MLX reads it at the first evaluation. By default it leaves
-breadth-first order where a graph is more than 20 operations wide, as gradients are, and then goes through one stream's
-graph before the other's."""
+"""More would leave each a handful of the operations that are handed out ahead. (Measured with two.)"""
+_WIDTH = "MLX_BFS_MAX_WIDTH", "4096"
+"""Environment variable. By default MLX leaves breadth-first order where a graph is more than 20 operations wide, as
+gradients are, and then goes through one stream's graph before the other's."""
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Linux, cgroup v2: microseconds of processor time, or "max", and the period in which a container may use them."""
@@ -51,8 +50,17 @@ def num_cores() -> int:
 
 
 def num_streams() -> int:
-    """Pieces of work that are computed at a time."""
-    return min(num_cores(), MAX_STREAMS)
+    """Pieces of work that are computed at a time: with whole cores for BLAS each, as many as leave the fewest idle."""
+    cores = num_cores()
+    return max(
+        (min(cores, MAX_STREAMS - 1), min(cores, MAX_STREAMS)), key=lambda count: (cores // count * count, count)
+    )
+
+
+def alternate_streams() -> None:
+    """Has MLX hand out operations to streams in turns, for the rest of the process, if it has evaluated nothing yet and
+    the user has not set it. On a GPU, which has one stream, the order is MLX's own."""
+    os.environ.setdefault(*_WIDTH)
 
 
 def _quota() -> int | None:
@@ -69,8 +77,8 @@ def on_streams(
 ) -> Generator[Built, None, None]:
     """What `build` makes of each of `given`, in their order, computed; several at a time, each on a stream of its own.
 
-    While one group is computed the next one is written down: one more group of `given` is asked for than is computed.
-    Until the generator is closed, BLAS is held to fewer cores: use `contextlib.closing`.
+    The next group is handed to the streams before what came of one is given out, so that they have something to do
+    meanwhile. Until the generator is closed, BLAS is held to fewer cores: use `contextlib.closing`.
 
     Args:
         build: writes a graph down. Of what it returns (tuples, lists and dictionaries) the arrays are computed.
@@ -80,14 +88,18 @@ def on_streams(
     rest = iter(given)
     group = list(itertools.islice(rest, count))
     with blas_threads(blas or max(1, num_cores() // max(1, len(group)))):
-        waiting: list[Built] = []
-        while group:
-            built = _started(build, group)
-            mx.eval(_arrays(waiting))  # by now: waits, for next to nothing
+        try:
+            waiting: list[Built] = []
+            while group:
+                built = _started(build, group)
+                mx.eval(_arrays(waiting))  # waits
+                yield from waiting
+                waiting, group = built, list(itertools.islice(rest, count))
+            mx.eval(_arrays(waiting))
             yield from waiting
-            waiting, group = built, list(itertools.islice(rest, count))
-        mx.eval(_arrays(waiting))
-        yield from waiting
+        finally:
+            for number in range(count):  # after an error they still compute, on BLAS's cores as they are set now
+                mx.synchronize(_stream(number))
 
 
 def _started(build: Callable[[Piece], Built], group: Sequence[Piece]) -> list[Built]:
@@ -96,7 +108,8 @@ def _started(build: Callable[[Piece], Built], group: Sequence[Piece]) -> list[Bu
         with mx.stream(_stream(number) if len(group) > 1 else mx.default_stream(mx.default_device())):
             built.append(build(piece))
     in_turns = itertools.zip_longest(*(_arrays(one) for one in built))
-    mx.async_eval([array for turn in in_turns for array in turn if array is not None])
+    # MLX has the first array's stream wait for the others at the end: this one's, which has nothing else to do.
+    mx.async_eval([mx.zeros(()), *(array for turn in in_turns for array in turn if array is not None)])
     return built
 
 

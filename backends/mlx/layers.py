@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,10 @@ class Rotation:
 
 
 class Common:
-    """What all layers take of one layout: on a CPU MLX would put sines, cosines and masks together anew in each."""
+    """What all layers take of one layout: on a CPU MLX would put sines, cosines and masks together anew in each.
+
+    `is_plain` layers are made from the same settings, so they turn positions alike.
+    """
 
     def __init__(self, layout: Layout, *, window: int | None) -> None:
         """
@@ -52,17 +55,15 @@ class Common:
         """
         self.layout = layout
         self._window = window
-        self._rotations: dict[Hashable, Rotation | None] = {}
+        self._rotation: list[Rotation | None] = []
         self._masks: dict[tuple[int, int], mx.array] = {}
 
     def rotation(self, attention: nn.Module, like: mx.array) -> Rotation | None:
         """None: the layer turns each row itself; on a GPU there is a kernel for it."""
-        rope = attention.rope
-        kind = (rope.dims, rope.base, rope.scale) if type(rope) is nn.RoPE else id(rope)
-        if kind not in self._rotations:
+        if not self._rotation:
             wanted = fastmath.is_wanted(like)
-            self._rotations[kind] = _rotation(rope, self.layout, attention.head_dim) if wanted else None
-        return self._rotations[kind]
+            self._rotation.append(_rotation(attention.rope, self.layout, attention.head_dim) if wanted else None)
+        return self._rotation[0]
 
     def is_cut(self, total: int) -> bool:
         """Whether the window is shorter than so many positions."""
@@ -70,17 +71,20 @@ class Common:
 
     def seen(self, length: int, total: int) -> mx.array:
         """bool [length, total]: which of all positions each of the last ones sees."""
-        from mlx_lm.models.base import create_causal_mask
+        return _mask(length, total, self._window if self.is_cut(total) else None)
 
-        window = self._window if self.is_cut(total) else None
-        mask: mx.array = create_causal_mask(length, total - length, window_size=window)
-        return mask
-
-    def hidden(self, length: int, total: int) -> mx.array:
+    def penalty(self, length: int, total: int) -> mx.array:
         """float32 [length, total]: 0 where `seen`, else -inf."""
         if (length, total) not in self._masks:
             self._masks[length, total] = mx.where(self.seen(length, total), 0.0, -mx.inf)
         return self._masks[length, total]
+
+
+def _mask(length: int, total: int, window: int | None) -> mx.array:
+    from mlx_lm.models.base import create_causal_mask
+
+    mask: mx.array = create_causal_mask(length, total - length, window_size=window)
+    return mask
 
 
 def _rotation(rope: Any, layout: Layout, width: int) -> Rotation | None:
@@ -164,5 +168,5 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, common: Comm
     groups = k.shape[1]
     # A key head serves several query heads: these are rows of one matrix product.
     scores = (q * scale).reshape(rows, groups, -1, width) @ k.swapaxes(-1, -2)
-    shares = fastmath.softmax(scores.reshape(rows, num_heads, length, total) + common.hidden(length, total))
+    shares = fastmath.softmax(scores.reshape(rows, num_heads, length, total) + common.penalty(length, total))
     return (shares.reshape(rows, groups, -1, total) @ v).reshape(rows, num_heads, length, -1)

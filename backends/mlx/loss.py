@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.mlx import columns, fastmath
+from backends.mlx.columns import Vocabulary
 from backends.mlx.packing import Packed
 from core.protocols import IGNORE, Batch, IntArray
 
@@ -88,7 +89,7 @@ def summed_loss(
     target: mx.array,
     weight: mx.array,
     *,
-    vocabulary: mx.array | None,
+    vocabulary: Vocabulary | None,
     label_smoothing: float,
 ) -> tuple[mx.array, mx.array]:
     """Sums over the target positions of one micro-batch.
@@ -99,7 +100,7 @@ def summed_loss(
     Args:
         hidden: [B, T, D] (packed: [N, D]) after the final norm.
         position, target, weight: [M], see `Selection`.
-        vocabulary: what `project` multiplies by, float32 [V, D], on a CPU; None: whatever `project` does.
+        vocabulary: what `project` multiplies by, on a CPU; None: whatever `project` does.
         label_smoothing: share e of the probability spread over the vocabulary (arXiv:1512.00567):
             (1 - e) * CE + e * mean over the vocabulary of -log p.
 
@@ -119,10 +120,8 @@ def summed_loss(
 
     chosen = _flatten(hidden)[position]
     if vocabulary is not None:
-        found = columns.losses_of(vocabulary, chosen, target, with_slope=True, label_smoothing=label_smoothing)
-        assert found.slope is not None
-        slope = mx.stop_gradient(found.slope * weight[:, None])
-        return (slope * chosen).sum(), mx.stop_gradient((found.nll * weight).sum())
+        losses, slopes = columns.losses_and_slopes(vocabulary, chosen, target, label_smoothing=label_smoothing)
+        return (slopes * weight[:, None] * chosen).sum(), (losses * weight).sum()
     slope_of = mx.value_and_grad(objective)
     carrier, total = mx.array(0.0), mx.array(0.0)
     for selected, ids, weights in _chunks(project, chosen, target, weight):
@@ -135,11 +134,11 @@ def summed_loss(
 
 
 def token_losses(
-    project: Project, hidden: mx.array, position: mx.array, target: mx.array, *, vocabulary: mx.array | None
+    project: Project, hidden: mx.array, position: mx.array, target: mx.array, *, vocabulary: Vocabulary | None
 ) -> mx.array:
     """Cross-entropy of each selected position, float32 [M] in nats; the arguments are as of `summed_loss`."""
     if vocabulary is not None:
-        return columns.losses_of(vocabulary, _flatten(hidden)[position], target, with_slope=False).nll
+        return columns.losses_of(vocabulary, _flatten(hidden)[position], target)
     return token_replay(project, hidden, position, target)[0]
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from backends.mlx.absent_layers import run_streamed
+from backends.mlx.columns import Vocabulary
 from backends.mlx.fastmath import is_wanted, on_cpu
 from backends.mlx.layers import Common, is_plain, run_packed
 from backends.mlx.loading import Base
@@ -298,6 +299,9 @@ class Network:
                 run = functools.partial(_run_packed_layer, work, slots, keys)
             else:
                 run = functools.partial(_run_layer, layer, slots, mask, layer_cache, keys, is_token)
+            if training and slots and number > self.num_prefix_layers and on_cpu():
+                tied: Any = _at_once(*own.values(), hidden)
+                own, hidden = dict(zip(own, tied[:-1], strict=True)), tied[-1]
             # Below the first adapter nothing is kept for the backward pass anyway.
             recompute = training and self._checkpoint and slots
             hidden, *found = (mx.checkpoint(run) if recompute else run)(own, hidden)
@@ -319,12 +323,12 @@ class Network:
         module = self.module
         return module.model.embed_tokens.as_linear(hidden) if self._base.tied else module.lm_head(hidden)
 
-    @property
-    def vocabulary(self) -> mx.array | None:
-        """What `project` multiplies by, float32 [V, D], if that is all it does, and on a CPU; else None."""
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """What `project` multiplies by, if that is all it does, in float32 on a CPU; else None."""
         head = self.module.model.embed_tokens if self._base.tied else self.module.lm_head
         is_plain_matrix = type(head) in (nn.Embedding, nn.Linear) and set(head) == {"weight"}
-        return head.weight if is_plain_matrix and is_wanted(head.weight) else None
+        return Vocabulary(head.weight) if is_plain_matrix and is_wanted(head.weight) else None
 
     def make_cache(self, padding: Sequence[int]) -> list[Any]:
         """An empty key-value cache per layer, for as many rows as `padding` has numbers: tokens that the row is padded
@@ -336,6 +340,24 @@ class Network:
             return [RotatingKVCache(max_size=window) if window else KVCache() for _ in layers]
         left = list(padding)
         return [BatchRotatingKVCache(window, left) if window else BatchKVCache(left) for _ in layers]
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def _at_once(*arrays: mx.array) -> tuple[mx.array, ...]:
+    """The arrays. On the way back the gradient of none is given on before all are there.
+
+    In breadth-first order (`cores.py`) the adapter's gradients would otherwise all come last, and what each layer keeps
+    for them would be kept together.
+    """
+    return arrays
+
+
+@_at_once.vjp  # type: ignore[untyped-decorator]
+def _at_once_back(
+    _: tuple[mx.array, ...], cotangents: tuple[mx.array, ...], __: tuple[mx.array, ...]
+) -> tuple[mx.array, ...]:
+    given = list(cotangents)
+    return tuple(mx.depends(given, given))
 
 
 def keep_rows(cache: Any, rows: mx.array) -> None:

@@ -53,15 +53,24 @@ def test_each_has_a_stream_of_its_own_and_the_streams_take_turns(monkeypatch: py
 
     default = mx.default_stream(mx.cpu)
     found = list(cores.on_streams(built, [2, 3, 2, 1, 2], count=2))
-    assert given == [[20, 30, 21, 31, 32], [20, 10, 21], [20, 21]]
+    # first a number of the default stream's, which then waits for the others
+    assert given == [[1, 20, 30, 21, 31, 32], [1, 20, 10, 21], [1, 20, 21]]
     assert [len(arrays) for arrays in found] == [2, 3, 2, 1, 2]
     one, two = streams[:2]
     assert streams == [one, two, one, two, default]
     assert len({str(stream) for stream in (one, two, default)}) == 3
 
 
-def test_the_next_group_is_computed_while_one_is_read() -> None:
+def test_the_next_group_is_handed_out_before_one_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
+    handed_out: list[int] = []
+    async_eval = mx.async_eval
+
+    def noting(arrays: list[mx.array]) -> None:
+        handed_out.append(len(arrays) - 1)
+        async_eval(arrays)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(mx, "async_eval", noting)
 
     def build(value: int) -> mx.array:
         built.append(value)
@@ -70,8 +79,44 @@ def test_the_next_group_is_computed_while_one_is_read() -> None:
     found = cores.on_streams(build, range(9), count=2)
     assert int(next(found)) == 1
     assert built == [0, 1, 2, 3]
+    assert handed_out == [2, 2]
     found.close()
     assert built == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["closed", "failed"])
+def test_what_is_under_way_is_waited_for_before_blas_has_its_cores_back(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    events: list[str] = []
+    synchronize = mx.synchronize
+
+    @contextlib.contextmanager
+    def noting(_: int) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            events.append("given back")
+
+    def waiting(stream: mx.Stream) -> None:
+        synchronize(stream)
+        events.append("waited")
+
+    def build(value: int) -> mx.array:
+        if how == "failed" and value == 4:
+            raise ZeroDivisionError
+        return mx.ones((300, 300)) @ mx.ones((300, 300))
+
+    monkeypatch.setattr(cores, "blas_threads", noting)
+    monkeypatch.setattr(mx, "synchronize", waiting)
+    found = cores.on_streams(build, range(6), count=2)
+    next(found)
+    if how == "closed":
+        found.close()
+    else:
+        with pytest.raises(ZeroDivisionError):
+            list(found)
+    assert events == ["waited", "waited", "given back"]
 
 
 def test_another_thread_has_streams_of_its_own() -> None:
@@ -111,9 +156,10 @@ def test_few_parts_leave_blas_the_other_cores(
 
 
 def test_no_more_streams_than_can_be_fed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for count, expected in ((1, 1), (2, 2), (16, cores.MAX_STREAMS)):
+    expected = {1: 1, 2: 2, 3: 3, 4: 4, 5: 4, 6: 3, 7: 3, 8: 4, 9: 3, 10: 3, 16: 4}
+    for count, streams in expected.items():
         monkeypatch.setattr(cores, "num_cores", lambda count=count: count)
-        assert cores.num_streams() == expected
+        assert cores.num_streams() == streams
 
 
 @pytest.mark.parametrize(

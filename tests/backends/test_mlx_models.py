@@ -85,7 +85,8 @@ FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _make(folder: Path, name: str) -> Path:
+def make_folder(folder: Path, name: str) -> Path:
+    """A model of `FOLDERS`."""
     settings, changes = FOLDERS[name]
     make_model(folder, **settings)
     edit_config(folder, **changes)
@@ -118,7 +119,7 @@ def _peer_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_logits_equal_those_of_transformers(opened: Callable[..., MlxLearner], tmp_path: Path, name: str) -> None:
-    folder = _make(tmp_path / name, name)
+    folder = make_folder(tmp_path / name, name)
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (2, 40)).astype(np.int32)
     expected = _peer_logits(folder, tokens)
     config = make_config()
@@ -150,7 +151,7 @@ MISREAD: dict[str, dict[str, Any]] = {
 def test_a_misreading_would_show(tmp_path: Path, name: str) -> None:
     """The comparison above is worth something: what mlx-lm by itself reads moves the logits far beyond it."""
     tokens = np.random.default_rng(0).integers(3, VOCAB_SIZE, (2, 40)).astype(np.int32)
-    folder = _make(tmp_path / "model", name)
+    folder = make_folder(tmp_path / "model", name)
     right = _peer_logits(folder, tokens)
     edit_config(folder, **MISREAD[name])
     assert np.abs(_peer_logits(folder, tokens) - right).max() > 1e-3 * np.abs(right).max()
@@ -161,7 +162,7 @@ def test_what_transformers_saves_can_be_read(opened: Callable[..., MlxLearner], 
     pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    folder = _make(tmp_path / "made", name)
+    folder = make_folder(tmp_path / "made", name)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     rows = [opened(path).evaluate(microbatches()) for path in (folder, tmp_path / "saved")]
     np.testing.assert_array_equal(rows[0].nll, rows[1].nll)

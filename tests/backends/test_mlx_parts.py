@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from core import portions
 from core.protocols import FILLER_ROW, IGNORE, Batch, Prefix
 from tests.backends.conftest import LR, assert_same_state, make_batch, microbatches, missing_package, open_learner
+from tests.backends.test_mlx_models import make_folder
 from tests.backends.test_prefix import stored
 from tests.tiny import PAD_ID, make_model
 
@@ -311,6 +312,22 @@ def test_more_cores_train_no_more_rows_at_once(
     learner.train_step([make_batch((9, 7, 8)), make_batch((6,)), make_batch((5, 5))], step=1, lr=LR)
     learner.train_step([make_batch((9,), first_row=n) for n in range(4)], step=2, lr=LR)
     assert counts == [3, 2]
+
+
+@pytest.mark.parametrize("name", ["theta-old", "llama3-new", "yarn"])
+def test_what_all_layers_take_is_made_once(
+    tmp_path: Path, opened: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    made: list[str] = []
+    for function in ("_rotation", "_mask"):
+        original = getattr(layers, function)
+        monkeypatch.setattr(
+            layers, function, lambda *args, f=function, o=original, **kwargs: made.append(f) or o(*args, **kwargs)
+        )
+    monkeypatch.setattr("backends.mlx.learner.num_streams", lambda: 1)
+    learner = opened(make_folder(tmp_path / name, name))
+    learner.evaluate([with_start(make_batch((21, 14, 12, 14)), 9)])
+    assert sorted(made) == ["_mask"] * 4 + ["_rotation"]  # the start, and rows of three lengths
 
 
 # --- several cores

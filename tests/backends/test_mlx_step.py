@@ -149,6 +149,20 @@ def test_checkpointing_leaves_the_layer_class_alone(
     assert TransformerBlock.__call__ is call
 
 
+def test_with_checkpointing_memory_does_not_grow_with_the_layers(
+    tmp_path: Path, opened: Callable[..., MlxLearner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One layer's activations at a time, and its adapter's gradients before the next one's. Seen: 105 and 109 MB; with
+    all gradients last 147 and 228, without checkpointing 164 and 289."""
+    monkeypatch.setattr(backend_module, "CHECKPOINT_FROM", 1000)
+    peaks = []
+    for num_layers in (4, 8):
+        folder = make_model(tmp_path / str(num_layers), num_layers=num_layers, hidden_size=128, intermediate_size=512)
+        learner = opened(folder, lora={"targets": "all-linear"})
+        peaks.append(_peak(learner, make_batch((256,) * 8), "train"))
+    assert peaks[1] < 1.25 * peaks[0]
+
+
 @pytest.fixture
 def wide_vocabulary(tmp_path: Path) -> Path:
     return make_model(tmp_path / "wide", vocab_size=32768, num_layers=1)

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from backends.cuda.workers import Workers  # noqa: E402
+from backends.cuda.workers import Workers, last_ones_in_parts  # noqa: E402
 from core.errors import OutOfMemoryError  # noqa: E402
+from core.protocols import Prefix  # noqa: E402
 from tests.backends.conftest import ROOT, make_batch, open_learner  # noqa: E402
 from tests.tiny import make_model  # noqa: E402
 
@@ -92,7 +94,7 @@ def test_evaluations_and_stored_states_do_not_depend_on_the_threads(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Any] = []
-    batches = [make_batch((12, 9), seed=seed, first_row=2 * seed) for seed in range(6)]
+    batches = [make_batch((12, 9), seed=seed, first_row=2 * seed) for seed in range(7)]
     rows = [batch.inputs[0] for batch in batches]
     for count in (1, 3):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
@@ -103,6 +105,33 @@ def test_evaluations_and_stored_states_do_not_depend_on_the_threads(
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
     for one, other in zip(found[0][2], found[1][2], strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("number", "at_once", "rows"),
+    [
+        (3, 2, [[0, 1, 2], [3, 4, 5], [6, 7], [8]]),
+        (2, 2, [[0, 1, 2], [3, 4, 5]]),
+        (1, 8, [[0], [1], [2]]),
+        (2, 3, [[0, 1], [2], [3, 4], [5]]),
+        (2, 1, [[0, 1, 2], [3, 4, 5]]),
+        (0, 2, []),
+    ],
+)
+def test_the_last_batches_are_cut_for_the_threads(number: int, at_once: int, rows: list[list[int]]) -> None:
+    batches = [make_batch((9, 7, 8), first_row=3 * n) for n in range(number)]
+    batches = [replace(batch, prefix=Prefix(batch.inputs[:, :, None] * np.ones(2, np.float32))) for batch in batches]
+    found = list(last_ones_in_parts(batches, at_once=at_once))
+    assert [batch.row_ids.tolist() for batch in found] == rows
+    for batch in found:
+        assert batch.prefix is not None
+        np.testing.assert_array_equal(batch.prefix.states[:, :, 1], batch.inputs)
+        targets = [batches[row // 3].targets[row % 3] for row in batch.row_ids]
+        np.testing.assert_array_equal(batch.targets, targets)
+    routed = [replace(b, prefix=Prefix(b.inputs[:, :, None], np.zeros((2, 1, 4), np.float32))) for b in batches]
+    assert [batch.row_ids.tolist() for batch in last_ones_in_parts(routed, at_once=at_once)] == [
+        batch.row_ids.tolist() for batch in routed
+    ]
 
 
 def test_no_memory_in_a_thread_is_the_same_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
