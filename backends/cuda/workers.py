@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -71,23 +71,28 @@ class Workers:
 def last_ones_in_parts(batches: Iterable[Batch], *, at_once: int) -> Iterator[Batch]:
     """The batches in their order, rows too; the last few, if they are fewer than are computed at once, in parts.
 
-    So nothing waits for a whole batch that is computed alone. A mixture's batches, of which is known only what all
-    their rows routed together, stay whole.
+    So nothing waits for a whole batch that is computed alone. With another number of threads a row is beside others,
+    which may change its last bit.
     """
-    rest = iter(batches)
-    while some := list(islice(rest, at_once)):
-        num_parts = -(-at_once // len(some))
-        for batch in some:
-            if num_parts == 1 or (batch.prefix is not None and batch.prefix.routed is not None):
-                yield batch
-            else:
-                yield from _parts(batch, num_parts)
+    num_all, kept = 0, deque[Batch]()
+    for batch in batches:
+        num_all += 1
+        kept.append(batch)
+        if len(kept) == at_once:
+            yield kept.popleft()
+    num_last = num_all % at_once
+    while len(kept) > num_last:
+        yield kept.popleft()
+    for batch in kept:
+        yield from _parts(batch, at_once // num_last)
 
 
 def _parts(batch: Batch, number: int) -> Iterator[Batch]:
-    for rows in np.array_split(np.arange(len(batch.row_ids)), min(number, len(batch.row_ids))):
-        prefix = batch.prefix and Prefix(batch.prefix.states[rows])
-        yield Batch(batch.row_ids[rows], batch.inputs[rows], batch.targets[rows], prefix)
+    assert batch.prefix is None or batch.prefix.routed is None, "what a mixture's rows routed is known together only"
+    ends = np.linspace(0, len(batch.row_ids), min(number, len(batch.row_ids)) + 1).round().astype(int)
+    for start, end in pairwise(ends):
+        prefix = batch.prefix and Prefix(batch.prefix.states[start:end])
+        yield Batch(batch.row_ids[start:end], batch.inputs[start:end], batch.targets[start:end], prefix)
 
 
 def _in_order(

@@ -32,7 +32,7 @@ class Vocabulary:
     @functools.cached_property
     def mean(self) -> mx.array:
         """float32 [D]: the mean of its rows; summed in float64, since V float32 numbers in a row lose digits."""
-        return mx.array(np.array(self.weight).mean(axis=0, dtype=np.float64).astype(np.float32))
+        return mx.array(np.array(self.weight, copy=False).mean(axis=0, dtype=np.float64).astype(np.float32))
 
 
 def losses_of(vocabulary: Vocabulary, hidden: mx.array, ids: mx.array) -> mx.array:

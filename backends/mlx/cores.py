@@ -11,6 +11,7 @@ other's share of the hundred, and each core stands idle for a third of the time.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -50,7 +51,8 @@ def num_cores() -> int:
 
 
 def num_streams() -> int:
-    """Pieces of work that are computed at a time: with whole cores for BLAS each, as many as leave the fewest idle."""
+    """Pieces of work that are computed at a time: of three and four, what leaves fewer cores idle, since each has as
+    many for BLAS as the others."""
     cores = num_cores()
     return max(
         (min(cores, MAX_STREAMS - 1), min(cores, MAX_STREAMS)), key=lambda count: (cores // count * count, count)
@@ -98,8 +100,7 @@ def on_streams(
             mx.eval(_arrays(waiting))
             yield from waiting
         finally:
-            for number in range(count):  # after an error they still compute, on BLAS's cores as they are set now
-                mx.synchronize(_stream(number))
+            _settle()  # after an error they still compute, on BLAS's cores as they are set now
 
 
 def _started(build: Callable[[Piece], Built], group: Sequence[Piece]) -> list[Built]:
@@ -107,14 +108,22 @@ def _started(build: Callable[[Piece], Built], group: Sequence[Piece]) -> list[Bu
     for number, piece in enumerate(group):
         with mx.stream(_stream(number) if len(group) > 1 else mx.default_stream(mx.default_device())):
             built.append(build(piece))
-    in_turns = itertools.zip_longest(*(_arrays(one) for one in built))
-    # MLX has the first array's stream wait for the others at the end: this one's, which has nothing else to do.
-    mx.async_eval([mx.zeros(()), *(array for turn in in_turns for array in turn if array is not None)])
+    turns = itertools.zip_longest(*(_arrays(one) for one in built))
+    in_turns = [array for turn in turns for array in turn if array is not None]
+    # MLX has the first array's stream wait for all the others: one that nobody else uses.
+    mx.async_eval([mx.zeros((), stream=_waiter()), *in_turns])
     return built
 
 
 def _arrays(tree: Any) -> list[mx.array]:
     return [leaf for _, leaf in tree_flatten(tree) if isinstance(leaf, mx.array)]
+
+
+def _settle() -> None:
+    """Waits for this thread's streams. What failed there has been raised, or something before it was."""
+    for stream in [*_own.__dict__.get("streams", []), _waiter(), mx.default_stream(mx.cpu)]:
+        with contextlib.suppress(RuntimeError):
+            mx.synchronize(stream)
 
 
 def _stream(number: int) -> mx.Stream:
@@ -123,3 +132,10 @@ def _stream(number: int) -> mx.Stream:
     while len(streams) <= number:
         streams.append(mx.new_stream(mx.cpu))
     return streams[number]
+
+
+def _waiter() -> mx.Stream:
+    if not hasattr(_own, "waiter"):
+        _own.waiter = mx.new_stream(mx.cpu)
+    waiter: mx.Stream = _own.waiter
+    return waiter

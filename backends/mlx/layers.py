@@ -45,7 +45,7 @@ class Rotation:
 class Common:
     """What all layers take of one layout: on a CPU MLX would put sines, cosines and masks together anew in each.
 
-    `is_plain` layers are made from the same settings, so they turn positions alike.
+    `is_plain` layers are made from the same settings: those that have an embedding of one type turn positions alike.
     """
 
     def __init__(self, layout: Layout, *, window: int | None) -> None:
@@ -55,15 +55,16 @@ class Common:
         """
         self.layout = layout
         self._window = window
-        self._rotation: list[Rotation | None] = []
+        self._rotations: dict[type, Rotation | None] = {}
         self._masks: dict[tuple[int, int], mx.array] = {}
 
     def rotation(self, attention: nn.Module, like: mx.array) -> Rotation | None:
         """None: the layer turns each row itself; on a GPU there is a kernel for it."""
-        if not self._rotation:
+        kind = type(attention.rope)
+        if kind not in self._rotations:
             wanted = fastmath.is_wanted(like)
-            self._rotation.append(_rotation(attention.rope, self.layout, attention.head_dim) if wanted else None)
-        return self._rotation[0]
+            self._rotations[kind] = _rotation(attention.rope, self.layout, attention.head_dim) if wanted else None
+        return self._rotations[kind]
 
     def is_cut(self, total: int) -> bool:
         """Whether the window is shorter than so many positions."""

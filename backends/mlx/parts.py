@@ -70,7 +70,11 @@ class Cutter:
         return [part for part in found if part.selection.num_targets]
 
     def for_evaluation(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Part]]]:
-        """As many batches together as there are streams, so that parts are even, and what of them to compute."""
+        """As many batches together as there are streams, so that parts are even, and what of them to compute. Where
+        layers are read anew for every part, a batch is one."""
+        if self._network.streams:
+            yield from ((batch, [self.whole(batch)]) for batch in batches)
+            return
         numbered = iter(batches)
         while some := list(islice(numbered, self.num_streams)):
             alike = len({batch.prefix is None for batch in some}) == 1

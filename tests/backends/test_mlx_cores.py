@@ -53,7 +53,7 @@ def test_each_has_a_stream_of_its_own_and_the_streams_take_turns(monkeypatch: py
 
     default = mx.default_stream(mx.cpu)
     found = list(cores.on_streams(built, [2, 3, 2, 1, 2], count=2))
-    # first a number of the default stream's, which then waits for the others
+    # first a number on a stream of its own, which then waits for the others
     assert given == [[1, 20, 30, 21, 31, 32], [1, 20, 10, 21], [1, 20, 21]]
     assert [len(arrays) for arrays in found] == [2, 3, 2, 1, 2]
     one, two = streams[:2]
@@ -116,7 +116,8 @@ def test_what_is_under_way_is_waited_for_before_blas_has_its_cores_back(
     else:
         with pytest.raises(ZeroDivisionError):
             list(found)
-    assert events == ["waited", "waited", "given back"]
+    assert events == [*["waited"] * (len(events) - 1), "given back"]
+    assert len(events) > 3
 
 
 def test_another_thread_has_streams_of_its_own() -> None:
