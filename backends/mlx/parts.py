@@ -75,8 +75,8 @@ class Cutter:
         if self._network.streams:
             yield from ((batch, [self.whole(batch)]) for batch in batches)
             return
-        numbered = iter(batches)
-        while some := list(islice(numbered, self.num_streams)):
+        rest = iter(batches)
+        while some := list(islice(rest, self.num_streams)):
             alike = len({batch.prefix is None for batch in some}) == 1
             for batch in [together(some)] if alike else some:
                 yield batch, self.parts(batch)

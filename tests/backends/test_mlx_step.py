@@ -209,16 +209,16 @@ def test_logits_never_exist_whole(
     everywhere = make_batch((128, 128, 128, 128))
     whole = everywhere.num_targets * 32768 * 4
     few = replace(everywhere, targets=everywhere.targets.copy())
-    few.targets[:, :-4] = IGNORE
+    few.targets[:, :-2] = IGNORE
     sizes = {(columns, "COLUMNS"): (2**20, 256)} if by_columns else {(loss_module, "CHUNK"): (1024, 8)}
     for (module, name), (large, _) in sizes.items():
         monkeypatch.setattr(module, name, large)
-    assert _peak(learner, few, call) < whole / 2
+    assert _peak(learner, few, call) < whole / 3
     assert _peak(learner, everywhere, call) > whole
     for (module, name), (_, small) in sizes.items():
         monkeypatch.setattr(module, name, small)
     # two parts at once, and memory for a hundred operations ahead
-    assert _peak(learner, everywhere, call) < whole * 3 / 4
+    assert _peak(learner, everywhere, call) < whole / 2
 
 
 def test_the_sum_over_a_large_vocabulary_is_exact() -> None:
