@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from backends.cuda.memory import GPU
-from core.protocols import Batch, Prefix
+from core.cutting import take
+from core.protocols import Batch
 
 Piece = TypeVar("Piece")
 Done = TypeVar("Done")
@@ -91,8 +92,7 @@ def _parts(batch: Batch, number: int) -> Iterator[Batch]:
     assert batch.prefix is None or batch.prefix.routed is None, "what a mixture's rows routed is known together only"
     ends = np.linspace(0, len(batch.row_ids), min(number, len(batch.row_ids)) + 1).round().astype(int)
     for start, end in pairwise(ends):
-        prefix = batch.prefix and Prefix(batch.prefix.states[start:end])
-        yield Batch(batch.row_ids[start:end], batch.inputs[start:end], batch.targets[start:end], prefix)
+        yield take(batch, np.arange(start, end))
 
 
 def _in_order(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from core.protocols import IGNORE, Batch, IntArray
+from core.protocols import Batch, IntArray
 
 Layout = tuple[int, tuple[tuple[int, int], ...]]
 """How N positions make up rows: the first S are the start of all rows; then, for each group of rows of one length,
@@ -76,23 +76,3 @@ def _num_shared(batch: Batch, rows: IntArray, num_positions: int, *, by_row: boo
     if not by_row:
         shared -= shared % _SHARED_STEP
     return shared if (len(rows) - 1) * shared >= MIN_SPARED * num_positions else 0
-
-
-def cut(batch: Batch, num_parts: int, *, target_cost: float) -> list[IntArray]:
-    """The batch's rows, fillers left out, in at most `num_parts` parts that take about as long as each other.
-
-    The costliest row comes first, and each one goes where least is waiting (Graham's LPT rule); within a part rows stay
-    in the batch's order. A function of the batch's shape alone, so a run that is resumed cuts alike.
-
-    Args:
-        target_cost: what a target adds to a position's cost of 1.
-    """
-    costs = batch.is_token.sum(axis=1) + target_cost * (batch.targets != IGNORE).sum(axis=1)
-    rows = np.flatnonzero(costs)
-    parts: list[list[int]] = [[] for _ in range(max(1, min(num_parts, len(rows))))]
-    waiting = np.zeros(len(parts))
-    for row in rows[np.argsort(-costs[rows], kind="stable")]:
-        least = int(waiting.argmin())
-        parts[least].append(int(row))
-        waiting[least] += costs[row]
-    return [np.array(sorted(part), np.int64) for part in parts]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,8 +12,9 @@ import numpy.typing as npt
 
 from backends.mlx.loss import Selection, select_packed, select_targets
 from backends.mlx.model import Network
-from backends.mlx.packing import Layout, cut, pack
-from core.protocols import IGNORE, Batch, IntArray, Prefix
+from backends.mlx.packing import Layout, pack
+from core.cutting import cut, together
+from core.protocols import Batch, IntArray, Prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,30 +90,6 @@ class Cutter:
                 return _on_device(packed.entering, packed.layout, selection)
         entering = batch.inputs if batch.prefix is None else batch.prefix.states
         return _on_device(entering, None, select_targets(batch, exact=self._exact))
-
-
-def together(batches: Sequence[Batch]) -> Batch:
-    """All rows as one batch; either all have a prefix, or none. A mixture's routing, which is a batch's, is lost."""
-    if len(batches) == 1:
-        return batches[0]
-    width = max(batch.inputs.shape[1] for batch in batches)
-    prefixes = [batch.prefix.states for batch in batches if batch.prefix is not None]
-    return Batch(
-        np.concatenate([batch.row_ids for batch in batches]),
-        _stacked([batch.inputs for batch in batches], width, fill=0),
-        _stacked([batch.targets for batch in batches], width, fill=IGNORE),
-        Prefix(_stacked(prefixes, width, fill=0)) if prefixes else None,
-    )
-
-
-def _stacked(arrays: Sequence[npt.NDArray[Any]], width: int, *, fill: int) -> npt.NDArray[Any]:
-    """[rows, T, ...] each, made `width` wide, one below the other."""
-    return np.concatenate(
-        [
-            np.pad(array, [(0, 0), (0, width - array.shape[1]), *[(0, 0)] * (array.ndim - 2)], constant_values=fill)
-            for array in arrays
-        ]
-    )
 
 
 def _on_device(entering: npt.NDArray[np.generic], layout: Layout | None, selection: Selection) -> Part:
