@@ -18,8 +18,8 @@ pytest.importorskip("bitsandbytes")
 
 from backends.cuda.attention import ATTENTION  # noqa: E402
 from backends.cuda.experts import IMPLEMENTATION  # noqa: E402
-from backends.cuda.learner import weights_of  # noqa: E402
 from backends.cuda.streaming import empty_model, load_in_pieces, planned_weights  # noqa: E402
+from backends.cuda.weights import weights_of  # noqa: E402
 from benchmarks.common import make_batches, usual_load_options  # noqa: E402
 from benchmarks.mixtral import SHAPES  # noqa: E402
 from benchmarks.mixtral_census import naive_weights, shape_without_weights, table  # noqa: E402

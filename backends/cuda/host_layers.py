@@ -4,6 +4,8 @@ Forward, a layer's weights come, the layer runs without a graph, and they go; on
 last layer down, they come again, the layer runs once more, with a graph and the same dropout, and its gradient is
 taken at once. So one layer's weights and activations are on the device at a time. (torch's checkpointing would not do:
 bitsandbytes keeps the packed weight of the first pass for the backward pass.)
+
+On a CPU a batch comes in parts, each with a thread of its own: through each layer they go together.
 """
 
 from __future__ import annotations
@@ -17,51 +19,46 @@ import torch
 from backends.cuda.halves import part_of
 from backends.cuda.memory import GPU
 from backends.cuda.nf4 import Nf4Matrix, state_on
+from backends.cuda.optim import add_gradients
+from backends.cuda.workers import Workers
 
-Options = Mapping[str, Any]
-"""`backends.cuda.layout.Flat.options`"""
+States = Sequence[torch.Tensor]
+"""Of each part of a batch, [B, T, hidden]."""
+Options = Sequence[Mapping[str, Any]]
+"""Of each part, `backends.cuda.layout.Flat.options`."""
 
 
 class HostLayers:
     """Some consecutive layers of a decoder, adapters included, which stay on the device."""
 
-    def __init__(self, decoder: Any, layers: Sequence[torch.nn.Module], device: torch.device) -> None:
+    def __init__(self, decoder: Any, layers: Sequence[torch.nn.Module], device: torch.device, workers: Workers) -> None:
         self._device = device
-        self._layers = [_HostLayer(layer, part_of(decoder, [layer]), device) for layer in layers]
+        self._layers = [_HostLayer(layer, part_of(decoder, [layer]), device, workers) for layer in layers]
 
-    def run(self, states: torch.Tensor, options: Options) -> torch.Tensor:
-        """[B, T, hidden] through all layers, without a graph."""
-        with torch.no_grad():
-            for layer in self._layers:
-                states = layer.run(states, options)
+    def run(self, states: States, options: Options) -> States:
+        """Through all layers, without a graph."""
+        for layer in self._layers:
+            states = layer.run(states, options)
         return states
 
-    def run_to_train(
-        self, states: torch.Tensor, options: Options
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, Any]]]:
+    def run_to_train(self, states: States, options: Options) -> tuple[States, list[tuple[States, Any]]]:
         """As `run`, and what `backward` needs: of each layer its input, and the random state that it began with."""
         kept = []
-        with torch.no_grad():
-            for layer in self._layers:
-                kept.append((states, self._random_state()))
-                states = layer.run(states, options)
+        for layer in self._layers:
+            kept.append((states, self._random_state()))
+            states = layer.run(states, options)
         return states, kept
 
-    def backward(self, kept: list[tuple[torch.Tensor, Any]], gradient: torch.Tensor, options: Options) -> None:
-        """Adds the adapters' gradients to `.grad`.
+    def backward(self, kept: list[tuple[States, Any]], gradients: States, options: Options) -> None:
+        """Adds the adapters' gradients to `.grad`, one part's after the other's.
 
         Args:
-            gradient: of the objective, with respect to what `run_to_train` returned for the same `options`.
+            gradients: of the objective, with respect to what `run_to_train` returned for the same `options`.
         """
         for index in reversed(range(len(self._layers))):
             states, random_state = kept.pop()
-            entering = states.detach().requires_grad_(index > 0)
             self._set_random_state(random_state)
-            with self._layers[index].on_device(), torch.enable_grad():
-                torch.autograd.backward(self._layers[index].part(entering, options), gradient)
-            if index > 0:
-                assert entering.grad is not None
-                gradient = entering.grad
+            gradients = self._layers[index].backward(states, gradients, options, is_lowest=index == 0)
 
     def _random_state(self) -> Any:
         return torch.cuda.get_rng_state(self._device) if self._device.type == GPU else torch.get_rng_state()
@@ -74,8 +71,9 @@ class HostLayers:
 
 
 class _HostLayer:
-    def __init__(self, layer: torch.nn.Module, part: Any, device: torch.device) -> None:
-        self._part, self._device = part, device
+    def __init__(self, layer: torch.nn.Module, part: Any, device: torch.device, workers: Workers) -> None:
+        self._part, self._device, self._workers = part, device, workers
+        self._trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         self._parameters = [
             (module, name, parameter)
             for module in layer.modules()
@@ -84,16 +82,36 @@ class _HostLayer:
         ]
         self._matrices = [(module, module.packed, module.state) for module in layer.modules() if _is_packed(module)]
 
-    def part(self, states: torch.Tensor, options: Options) -> torch.Tensor:
+    def run(self, states: States, options: Options) -> States:
+        def leaving(index: int) -> torch.Tensor:
+            return self._leaving(states[index], options[index])
+
+        with self._on_device(), torch.no_grad():
+            return self._workers.at_once(leaving, range(len(states)))
+
+    def backward(self, states: States, gradients: States, options: Options, *, is_lowest: bool) -> States:
+        """Adds to `.grad`; returns the gradients of `states`, of the lowest layer nothing."""
+
+        def of_part(index: int) -> tuple[torch.Tensor, ...]:
+            entering = states[index].detach().requires_grad_(not is_lowest)
+            wanted = self._trained if is_lowest else [*self._trained, entering]
+            found: tuple[torch.Tensor, ...] = torch.autograd.grad(
+                self._leaving(entering, options[index]), wanted, gradients[index]
+            )
+            return found
+
+        with self._on_device(), torch.enable_grad():
+            found = self._workers.at_once(of_part, range(len(states)))
+        for of_one in found:
+            add_gradients(self._trained, of_one[: len(self._trained)])
+        return [] if is_lowest else [of_one[-1] for of_one in found]
+
+    def _leaving(self, states: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
         found: torch.Tensor = self._part(inputs_embeds=states, use_cache=False, **options).last_hidden_state
         return found
 
-    def run(self, states: torch.Tensor, options: Options) -> torch.Tensor:
-        with self.on_device():
-            return self.part(states, options)
-
     @contextmanager
-    def on_device(self) -> Iterator[None]:
+    def _on_device(self) -> Iterator[None]:
         """Within it the weights are on the device, as copies; what still needs them afterwards keeps them alive."""
         try:
             for module, name, parameter in self._parameters:

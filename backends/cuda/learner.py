@@ -6,8 +6,7 @@ import contextlib
 import functools
 import gc
 import itertools
-import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,10 +29,10 @@ from backends.cuda.host_layers import HostLayers
 from backends.cuda.layout import Flat, as_it_is, flatten
 from backends.cuda.loss import host_logits, summed_losses, token_losses, token_replay
 from backends.cuda.memory import GPU, memory_stats, within_memory
-from backends.cuda.nf4 import KIND, Nf4Matrix, state_bytes
-from backends.cuda.optim import AdamW8bit, from_numpy, gradient, make_optimizer, to_numpy
+from backends.cuda.optim import AdamW8bit, add_gradients, from_numpy, gradient, make_optimizer, to_numpy
 from backends.cuda.routers import RouterWatch
-from backends.cuda.workers import Workers, last_ones_in_parts
+from backends.cuda.weights import target_cost, weights_of
+from backends.cuda.workers import Workers, even_parts, last_ones_in_parts
 from core.adapter import split_name, trains_router
 from core.config import RunConfig
 from core.errors import UserError
@@ -102,7 +101,7 @@ class CudaLearner:
         whole: Any = model
         self._decoder, self._head = whole.model, whole.lm_head
         self.num_prefix_layers = min(split_name(name)[0] for name in parameters)
-        self._workers = Workers(device, mode=self._computing, alone=changes_as_it_runs(self._decoder))
+        self._workers = Workers(device, mode=self._autocast, alone=changes_as_it_runs(self._decoder))
         if frozen is not None:
             frozen.workers = self._workers
         self._frozen = frozen or FrozenLayers(self._decoder, self.num_prefix_layers, self._workers)
@@ -110,7 +109,10 @@ class CudaLearner:
         self._is_flat = not self._routers and hands_on_layout(self._decoder)
         above = self._decoder.layers[self.num_prefix_layers :]
         self._above = part_of(self._decoder, above, norm=self._decoder.norm)
-        self._streamed = HostLayers(self._decoder, list(above), device) if stream else None
+        self._streamed = HostLayers(self._decoder, list(above), device, self._workers) if stream else None
+        # with dropout, the masks that a part gets would depend on which thread asks first
+        self._most_parts = self._workers.num_threads if self._is_flat and not self._has_dropout else 1
+        self._target_cost = target_cost(above, self._head)
         model.train()
 
     @property
@@ -169,8 +171,11 @@ class CudaLearner:
 
         Returns the two losses, each without gradient and factor; 0 for the second where there is none.
         """
+        parts = even_parts(batch, most=self._most_parts, target_cost=self._target_cost)
         if self._streamed is not None:
-            return self._backward_streamed(batch, self._streamed), 0.0
+            return self._backward_streamed(parts, self._streamed), 0.0
+        if len(parts) > 1:
+            return self._backward_in_parts(parts), 0.0
         with self._autocast():
             with self._routers.watching() if self._has_aux_loss else contextlib.nullcontext():
                 hidden, targets = self._at_targets(batch)
@@ -181,23 +186,40 @@ class CudaLearner:
         objective.backward()
         return nll, aux_loss.detach() if isinstance(aux_loss, torch.Tensor) else aux_loss
 
-    def _backward_streamed(self, batch: Batch, layers: HostLayers) -> torch.Tensor:
-        """As `_backward`, layer by layer; without a load-balancing loss, which `CudaBackend.check` sees to."""
-        flat = self._flat(batch)
-        with self._autocast():
-            states, kept = layers.run_to_train(self._entering(batch, flat), flat.options)
-        # not in the same context: casts that were made without a graph would be used again
-        with self._autocast():
-            states.requires_grad_()
-            objective, nll = summed_losses(
-                self._head,
-                *self._gathered(batch, flat, self._decoder.norm(states)),
-                smoothing=self._optim.label_smoothing,
-            )
-            objective.backward()
-            assert states.grad is not None
-            layers.backward(kept, states.grad, flat.options)
-        return nll
+    def _backward_in_parts(self, parts: Sequence[Batch]) -> torch.Tensor:
+        """As `_backward`: the parts' gradients are taken at once, and added up one after the other."""
+        parameters = list(self._parameters.values())
+
+        def of_part(part: Batch) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+            hidden, targets = self._at_targets(part)
+            objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+            return nll, torch.autograd.grad(objective, parameters)
+
+        total = torch.zeros((), device=self.device)
+        for nll, gradients in self._workers.at_once(of_part, parts):
+            add_gradients(parameters, gradients)
+            total += nll
+        return total
+
+    def _backward_streamed(self, parts: Sequence[Batch], layers: HostLayers) -> torch.Tensor:
+        """As `_backward_in_parts`, layer by layer."""
+        flats = [self._flat(part) for part in parts]
+        options = [flat.options for flat in flats]
+        states, kept = layers.run_to_train([self._entering(*both) for both in zip(parts, flats, strict=True)], options)
+
+        def of_head(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            leaving = states[index].requires_grad_()
+            hidden, targets = self._gathered(parts[index], flats[index], self._decoder.norm(leaving))
+            objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+            (slope,) = torch.autograd.grad(objective, leaving)
+            return nll, slope
+
+        found = self._workers.at_once(of_head, range(len(parts)))
+        layers.backward(kept, [slope for _, slope in found], options)
+        total = torch.zeros((), device=self.device)
+        for nll, _ in found:
+            total += nll
+        return total
 
     def _flat(self, batch: Batch) -> Flat:
         """The positions to compute. A mixture's batch stays as it is, since its routers are watched over whole rows; so
@@ -228,7 +250,8 @@ class CudaLearner:
         """Final hidden states [N, hidden] and token ids [N] of the batch's N target positions."""
         flat = self._flat(batch)
         if self._streamed is not None:
-            states = self._decoder.norm(self._streamed.run(self._entering(batch, flat), flat.options))
+            (leaving,) = self._streamed.run([self._entering(batch, flat)], [flat.options])
+            states = self._decoder.norm(leaving)
         elif batch.prefix is not None:
             entering = self._entering(batch, flat)
             states = self._above(inputs_embeds=entering, use_cache=False, **flat.options).last_hidden_state
@@ -355,16 +378,10 @@ class CudaLearner:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self._computing():
+            with torch.no_grad(), self._autocast():
                 yield
         finally:
             self.model.train(was_training)
-
-    @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """Within it, in this thread: no gradients, the compute type."""
-        with torch.no_grad(), self._autocast():
-            yield
 
     def _each_nll(self, batches: Iterable[Batch]) -> Generator[Evaluated, None, None]:
         """The batches evaluated, in order. Watched routers and streamed layers take one at a time."""
@@ -428,38 +445,21 @@ class CudaLearner:
 
     def close(self) -> None:
         """Lets go of the model and its memory; the learner is of no use afterwards."""
-        for name in ("model", "_decoder", "_frozen", "_above", "_streamed", "_head", "_parameters", "_optimizer"):
+        for name in (
+            "model",
+            "_decoder",
+            "_frozen",
+            "_above",
+            "_streamed",
+            "_head",
+            "_parameters",
+            "_optimizer",
+            "_workers",
+        ):
             setattr(self, name, None)
         gc.collect()  # a 4-bit layer and its weight hold each other
         if self.device.type == GPU:
             torch.cuda.empty_cache()
-
-
-def weights_of(model: torch.nn.Module, adapter: Mapping[str, torch.nn.Parameter]) -> Iterator[Weight]:
-    """What model and adapter consist of; buffers that are computed and not learned are left out."""
-    for name, parameter in adapter.items():
-        yield Weight(name, _dtype(parameter), parameter.numel(), parameter.nbytes)
-    trained = {id(parameter) for parameter in adapter.values()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in trained or parameter.device.type == "meta":
-            continue
-        name = _unwrapped(name)
-        if (state := getattr(parameter, "quant_state", None)) is None:
-            yield Weight(name, _dtype(parameter), parameter.numel(), parameter.nbytes)
-        else:
-            yield Weight(name, state.quant_type, math.prod(state.shape), parameter.nbytes + state_bytes(state))
-    for name, module in model.named_modules():
-        if isinstance(module, Nf4Matrix):
-            yield Weight(_unwrapped(name), KIND, math.prod(module.shape), module.num_bytes)
-
-
-def _unwrapped(name: str) -> str:
-    """The base model's own name of something that an adapter was put around."""
-    return name.replace(".base.", ".")
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def target_places(batch: Batch) -> IntArray:

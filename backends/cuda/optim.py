@@ -8,7 +8,7 @@ Decay is decoupled everywhere (Loshchilov and Hutter, arXiv:1711.05101): p *= 1 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -356,6 +356,16 @@ class Adafactor(SlotOptimizer):
 def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     assert parameter.grad is not None, "an adapter tensor got no gradient"
     return parameter.grad
+
+
+def add_gradients(parameters: Sequence[torch.nn.Parameter], gradients: Sequence[torch.Tensor]) -> None:
+    """To what is in `.grad`."""
+    for parameter, found in zip(parameters, gradients, strict=True):
+        if parameter.grad is None:
+            # in the parameter's order in memory, which a fused update takes for granted
+            parameter.grad = torch.empty_like(parameter).copy_(found)
+        else:
+            parameter.grad += found
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:

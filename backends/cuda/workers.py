@@ -1,4 +1,5 @@
-"""Independent pieces of work side by side on a CPU's cores: rows to be filled in, batches to be evaluated.
+"""Independent pieces of work side by side on a CPU's cores: rows to be filled in, batches to be evaluated, the parts of
+a batch to be trained on.
 
 torch would spread each operation over the cores and wait for the slowest after each. A thread for each piece, which
 keeps its operations to itself, waits for nobody: narrow products and elementwise passes run at full speed on all cores,
@@ -9,7 +10,7 @@ comes after the other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 from backends.cuda.memory import GPU
-from core.cutting import take
+from core.cutting import cut, take
 from core.protocols import Batch
 
 Piece = TypeVar("Piece")
@@ -27,6 +28,8 @@ Done = TypeVar("Done")
 
 MOST = 8
 """Pieces at a time: each holds its activations."""
+MOST_REPEATED = 0.1
+"""Share of a batch's positions that its parts may compute again."""
 
 
 class Workers:
@@ -38,35 +41,61 @@ class Workers:
         """What is new:
 
         Args:
-            mode: entered around each piece. Whether gradients are wanted, say, is a matter of the thread.
+            mode: entered around each piece: autocast, say, is a matter of the thread.
             alone: the model changes as it runs, so that there may be one piece at a time only.
         """
         self._mode = mode
-        cores = torch.get_num_threads()
-        self._cores_each = -(-cores // MOST)
-        self.num_threads = 1 if alone or device.type == GPU else max(cores // self._cores_each, 1)
+        self._cores = torch.get_num_threads()
+        self._cores_each = -(-self._cores // MOST)
+        self.num_threads = 1 if alone or device.type == GPU else max(self._cores // self._cores_each, 1)
         """Pieces at a time."""
+        self._pool: ThreadPoolExecutor | None = None
 
     def map(self, function: Callable[[Piece], Done], pieces: Iterable[Piece]) -> Generator[Done, None, None]:
-        """What `function` makes of each piece, in order; a few pieces are asked for ahead of time.
+        """What `function` makes of each piece without gradients, in order; a few pieces are asked for ahead of time.
 
         When one fails, no more are asked for, and its error is raised once those under way have ended.
         """
         if self.num_threads == 1:
             for piece in pieces:
-                with self._mode():
+                with torch.no_grad(), self._mode():
                     done = function(piece)
                 yield done
             return
 
         def work(piece: Piece) -> Done:
-            with self._mode():
+            with torch.no_grad(), self._mode():
                 return function(piece)
 
         with ThreadPoolExecutor(
             self.num_threads, initializer=torch.set_num_threads, initargs=(self._cores_each,)
         ) as pool:
             yield from _in_order(lambda piece: pool.submit(work, piece), pieces, at_once=self.num_threads)
+
+    def at_once(self, function: Callable[[Piece], Done], pieces: Sequence[Piece]) -> list[Done]:
+        """What `function` makes of each piece, in order, all at the same time; the cores are divided among them. With
+        gradients, if the caller's thread has them.
+
+        When one fails, its error is raised once those under way have ended.
+
+        Args:
+            pieces: no more than `num_threads`.
+        """
+        assert len(pieces) <= self.num_threads, "more pieces than threads"
+        if len(pieces) == 1:
+            with self._mode():
+                return [function(pieces[0])]
+        cores, gradients = self._cores // len(pieces), torch.is_grad_enabled()
+
+        def work(piece: Piece) -> Done:
+            torch.set_num_threads(cores)
+            with torch.set_grad_enabled(gradients), self._mode():
+                return function(piece)
+
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.num_threads)  # kept: steps come by the thousand
+        pool = self._pool
+        return list(_in_order(lambda piece: pool.submit(work, piece), pieces, at_once=self.num_threads))
 
 
 def last_ones_in_parts(batches: Iterable[Batch], *, at_once: int) -> Iterator[Batch]:
@@ -86,6 +115,21 @@ def last_ones_in_parts(batches: Iterable[Batch], *, at_once: int) -> Iterator[Ba
         yield kept.popleft()
     for batch in kept:
         yield from _parts(batch, at_once // num_last)
+
+
+def even_parts(batch: Batch, *, most: int, target_cost: float) -> list[Batch]:
+    """The rows with targets in parts that take about as long as each other; or the batch as it is, where there can't be
+    two. What all rows begin with is computed in each part: there are no more than make it a tenth of the work.
+
+    Args:
+        target_cost: see `core.cutting.cut`.
+    """
+    if most > 1 and (num_shared := batch.num_shared):
+        once = batch.num_real_tokens - (np.count_nonzero(batch.is_token.any(axis=1)) - 1) * num_shared
+        most = min(most, 1 + int(MOST_REPEATED * once / num_shared))
+    if most == 1:
+        return [batch]
+    return [take(batch, rows) for rows in cut(batch, most, target_cost=target_cost)]
 
 
 def _parts(batch: Batch, number: int) -> Iterator[Batch]:
