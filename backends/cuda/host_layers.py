@@ -22,8 +22,8 @@ from backends.cuda.nf4 import Nf4Matrix, state_on
 from backends.cuda.optim import add_gradients
 from backends.cuda.workers import Workers
 
-States = Sequence[torch.Tensor]
-"""Of each part of a batch, [B, T, hidden]."""
+PartStates = Sequence[torch.Tensor]
+"""Of each part of a batch, [B, T, hidden], or [1, N, hidden] of rows that lie end to end."""
 Options = Sequence[Mapping[str, Any]]
 """Of each part, `backends.cuda.layout.Flat.options`."""
 
@@ -35,21 +35,21 @@ class HostLayers:
         self._device = device
         self._layers = [_HostLayer(layer, part_of(decoder, [layer]), device, workers) for layer in layers]
 
-    def run(self, states: States, options: Options) -> States:
+    def run(self, states: PartStates, options: Options) -> PartStates:
         """Through all layers, without a graph."""
         for layer in self._layers:
             states = layer.run(states, options)
         return states
 
-    def run_to_train(self, states: States, options: Options) -> tuple[States, list[tuple[States, Any]]]:
-        """As `run`, and what `backward` needs: of each layer its input, and the random state that it began with."""
+    def run_to_train(self, states: PartStates, options: Options) -> tuple[PartStates, list[tuple[PartStates, Any]]]:
+        """As `run`, and what `backward` needs: of each layer its inputs, and the random state that it began with."""
         kept = []
         for layer in self._layers:
             kept.append((states, self._random_state()))
             states = layer.run(states, options)
         return states, kept
 
-    def backward(self, kept: list[tuple[States, Any]], gradients: States, options: Options) -> None:
+    def backward(self, kept: list[tuple[PartStates, Any]], gradients: PartStates, options: Options) -> None:
         """Adds the adapters' gradients to `.grad`, one part's after the other's.
 
         Args:
@@ -82,14 +82,14 @@ class _HostLayer:
         ]
         self._matrices = [(module, module.packed, module.state) for module in layer.modules() if _is_packed(module)]
 
-    def run(self, states: States, options: Options) -> States:
+    def run(self, states: PartStates, options: Options) -> PartStates:
         def leaving(index: int) -> torch.Tensor:
             return self._leaving(states[index], options[index])
 
         with self._on_device(), torch.no_grad():
-            return self._workers.at_once(leaving, range(len(states)))
+            return self._workers.spread(leaving, range(len(states)))
 
-    def backward(self, states: States, gradients: States, options: Options, *, is_lowest: bool) -> States:
+    def backward(self, states: PartStates, gradients: PartStates, options: Options, *, is_lowest: bool) -> PartStates:
         """Adds to `.grad`; returns the gradients of `states`, of the lowest layer nothing."""
 
         def of_part(index: int) -> tuple[torch.Tensor, ...]:
@@ -101,13 +101,15 @@ class _HostLayer:
             return found
 
         with self._on_device(), torch.enable_grad():
-            found = self._workers.at_once(of_part, range(len(states)))
+            found = self._workers.spread(of_part, range(len(states)))
         for of_one in found:
             add_gradients(self._trained, of_one[: len(self._trained)])
         return [] if is_lowest else [of_one[-1] for of_one in found]
 
     def _leaving(self, states: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
-        found: torch.Tensor = self._part(inputs_embeds=states, use_cache=False, **options).last_hidden_state
+        # entered anew for each pass: a cast that was made without a graph would be used again in one
+        with self._workers.mode():
+            found: torch.Tensor = self._part(inputs_embeds=states, use_cache=False, **options).last_hidden_state
         return found
 
     @contextmanager

@@ -32,7 +32,7 @@ from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.optim import AdamW8bit, add_gradients, from_numpy, gradient, make_optimizer, to_numpy
 from backends.cuda.routers import RouterWatch
 from backends.cuda.weights import target_cost, weights_of
-from backends.cuda.workers import Workers, even_parts, last_ones_in_parts
+from backends.cuda.workers import MOST_PARTS, MOST_UNPACKING, Workers, even_parts, last_ones_in_parts
 from core.adapter import split_name, trains_router
 from core.config import RunConfig
 from core.errors import UserError
@@ -111,7 +111,9 @@ class CudaLearner:
         self._above = part_of(self._decoder, above, norm=self._decoder.norm)
         self._streamed = HostLayers(self._decoder, list(above), device, self._workers) if stream else None
         # with dropout, the masks that a part gets would depend on which thread asks first
-        self._most_parts = self._workers.num_threads if self._is_flat and not self._has_dropout else 1
+        can_cut = self._is_flat and not self._has_dropout
+        most = MOST_UNPACKING if config.model.bits == 4 else MOST_PARTS
+        self._most_parts = min(most, self._workers.num_threads) if can_cut else 1
         self._target_cost = target_cost(above, self._head)
         model.train()
 
@@ -171,7 +173,7 @@ class CudaLearner:
 
         Returns the two losses, each without gradient and factor; 0 for the second where there is none.
         """
-        parts = even_parts(batch, most=self._most_parts, target_cost=self._target_cost)
+        parts = even_parts(batch, most=self._most_parts, cores=self._workers.num_cores, target_cost=self._target_cost)
         if self._streamed is not None:
             return self._backward_streamed(parts, self._streamed), 0.0
         if len(parts) > 1:
@@ -179,7 +181,7 @@ class CudaLearner:
         with self._autocast():
             with self._routers.watching() if self._has_aux_loss else contextlib.nullcontext():
                 hidden, targets = self._at_targets(batch)
-            objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+            objective, nll = self._summed_losses(hidden, targets)
             aux_loss = self._aux_loss(batch) if self._has_aux_loss else 0.0
         if aux_factor and self._has_aux_loss:
             objective = objective + aux_factor * aux_loss
@@ -191,35 +193,39 @@ class CudaLearner:
         parameters = list(self._parameters.values())
 
         def of_part(part: Batch) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-            hidden, targets = self._at_targets(part)
-            objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+            with self._autocast():
+                objective, nll = self._summed_losses(*self._at_targets(part))
             return nll, torch.autograd.grad(objective, parameters)
 
-        total = torch.zeros((), device=self.device)
-        for nll, gradients in self._workers.at_once(of_part, parts):
+        found = self._workers.spread(of_part, parts)
+        for _, gradients in found:
             add_gradients(parameters, gradients)
-            total += nll
-        return total
+        return self._total(nll for nll, _ in found)
 
     def _backward_streamed(self, parts: Sequence[Batch], layers: HostLayers) -> torch.Tensor:
-        """As `_backward_in_parts`, layer by layer."""
+        """As `_backward_in_parts`, layer by layer; without a load-balancing loss, which `CudaBackend.check` sees to."""
         flats = [self._flat(part) for part in parts]
         options = [flat.options for flat in flats]
         states, kept = layers.run_to_train([self._entering(*both) for both in zip(parts, flats, strict=True)], options)
 
         def of_head(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             leaving = states[index].requires_grad_()
-            hidden, targets = self._gathered(parts[index], flats[index], self._decoder.norm(leaving))
-            objective, nll = summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+            with self._autocast():
+                normed = self._decoder.norm(leaving)
+                objective, nll = self._summed_losses(*self._gathered(parts[index], flats[index], normed))
             (slope,) = torch.autograd.grad(objective, leaving)
             return nll, slope
 
-        found = self._workers.at_once(of_head, range(len(parts)))
+        found = self._workers.spread(of_head, range(len(parts)))
         layers.backward(kept, [slope for _, slope in found], options)
-        total = torch.zeros((), device=self.device)
-        for nll, _ in found:
-            total += nll
-        return total
+        return self._total(nll for nll, _ in found)
+
+    def _summed_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return summed_losses(self._head, hidden, targets, smoothing=self._optim.label_smoothing)
+
+    def _total(self, losses: Iterable[torch.Tensor]) -> torch.Tensor:
+        """One after the other, as those of micro-batches are added up."""
+        return sum(losses, torch.zeros((), device=self.device))
 
     def _flat(self, batch: Batch) -> Flat:
         """The positions to compute. A mixture's batch stays as it is, since its routers are watched over whole rows; so
@@ -445,17 +451,8 @@ class CudaLearner:
 
     def close(self) -> None:
         """Lets go of the model and its memory; the learner is of no use afterwards."""
-        for name in (
-            "model",
-            "_decoder",
-            "_frozen",
-            "_above",
-            "_streamed",
-            "_head",
-            "_parameters",
-            "_optimizer",
-            "_workers",
-        ):
+        self._workers.close()
+        for name in ("model", "_decoder", "_frozen", "_above", "_streamed", "_head", "_parameters", "_optimizer"):
             setattr(self, name, None)
         gc.collect()  # a 4-bit layer and its weight hold each other
         if self.device.type == GPU:
