@@ -15,7 +15,8 @@ beside it: what is lost there is lost to the library.
 Where the time goes, by leaving parts out (both backends): the layers forward (an evaluation with one target), the head
 and the loss forward (what all targets add to it), the update and what every step costs (a step of one row of 8 tokens,
 less its evaluation), and the backward pass, which is the rest. For PyTorch there is also the profiler's own time of
-each kind of operation, and how often the host waits for the device in steps between two logs. Medians of --repeats.
+each kind of operation, with batches trained on whole, and how often the host waits for the device in steps between two
+logs. Medians of --repeats.
 
 The GPU part has not been measured yet. Leaves benchmarks/results/profile.json.
 """
@@ -147,6 +148,7 @@ def profile(turn: Turn, learner: Any, batches: Sequence[Any]) -> Result:
     }
     if turn.backend == "cuda":
         steps = _steps(learner, batches)
+        learner._most_parts = 1  # the profiler sees this thread only
         found["by_kind"] = by_kind(steps, vocab_size=config["vocab_size"])
         found["host_waits_per_step"], found["scalar_reads_per_step"] = host_waits(steps, len(batches))
     return found

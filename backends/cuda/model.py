@@ -16,6 +16,7 @@ from backends.cuda.attention import ATTENTION
 from backends.cuda.fused import fuse
 from backends.cuda.lora import LoraLinear, LoraPair
 from backends.cuda.moe import attach_sparse, is_sparse
+from backends.cuda.nf4 import keep_packing
 from backends.cuda.streaming import Pieces, Source, load_in_pieces
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter
 from core.architecture import Architecture, read_architecture
@@ -77,7 +78,7 @@ def load_base(
             _to_compute_type(base, dtype)
     base.requires_grad_(False)
     if config.bits == 4:
-        _keep_quantised_for_training(base)
+        keep_packing(base)
     fuse(base)
     return base, pieces
 
@@ -190,13 +191,6 @@ def _listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else ""
     return ", ".join(ordered[:NAMES_SHOWN]) + more
-
-
-def _keep_quantised_for_training(base: PreTrainedModel) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes repacks a weight in its first evaluation; that form has no backward."""
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def put_adapter(base: PreTrainedModel, adapter: Adapter) -> dict[str, torch.nn.Parameter]:

@@ -34,6 +34,14 @@ def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return packed, state
 
 
+def keep_packing(base: torch.nn.Module) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes repacks a weight in its first evaluation, in a form that is computed in
+    bfloat16 and has no backward pass. Here it does not."""
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def state_bytes(state: Any) -> int:
     """Bytes of the scales in a `QuantState`; the maps of levels are shared by all matrices and left out."""
     nested = state.state2.absmax.nbytes + state.offset.nbytes if state.nested else 0

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from backends.cuda import packed_cache
 from backends.cuda.experts import FUSED, IMPLEMENTATION, is_experts, put_packed, refuse_other_forms
-from backends.cuda.nf4 import KIND, Nf4Matrix, packed_bytes
+from backends.cuda.nf4 import KIND, Nf4Matrix, keep_packing, packed_bytes
 from core.config import ModelConfig
 from core.errors import UserError
 from core.models.folder import read_header, weight_files
@@ -411,6 +411,7 @@ def _put_linear(base: PreTrainedModel, path: str, matrix: Nf4Matrix, dtype: torc
         module=new,
     )
     new.quant_state = matrix.state
+    keep_packing(new)  # layers that are read again come after the model was looked through
     setattr(parent, leaf, new)
 
 

@@ -273,6 +273,20 @@ def test_other_families_with_experts_of_the_same_form(tmp_path: Path) -> None:
             torch.testing.assert_close(packed(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_nothing_is_repacked_for_an_evaluation(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what is loaded at first nor a layer that is read later, on a CPU where bitsandbytes would."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    base, pieces = streaming.load_in_pieces(
+        resolved(mixtral), ModelConfig(bits=4), device=torch.device("cpu"), dtype=torch.float32, attention=ATTENTION,
+        left_out=range(1),
+    )  # fmt: skip
+    pieces.install_layer(base, 0)
+    found = [module for module in base.modules() if isinstance(module, modules.Linear4bit)]
+    assert len(found) == 2 * 4
+    assert not any(module.support_avx512bf16_for_cpu for module in found)
+
+
 def test_experts_of_another_form_are_refused(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GptOssConfig(
