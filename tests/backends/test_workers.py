@@ -137,6 +137,24 @@ def test_the_last_batches_are_cut_for_the_threads(number: int, at_once: int, row
         np.testing.assert_array_equal(batch.targets, targets)
 
 
+def test_an_evaluation_leaves_no_thread_a_batch_alone(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    learner: Any = open_learner("cuda", folders["llama"])
+    seen: list[list[int]] = []
+    evaluated = learner._nll
+
+    def watched(batch: Any) -> Any:
+        seen.append(batch.row_ids.tolist())
+        return evaluated(batch)
+
+    monkeypatch.setattr(learner, "_nll", watched)
+    losses = learner.evaluate([make_batch((12, 9, 8), first_row=3 * number) for number in range(3)])
+    assert sorted(seen) == [[0, 1, 2], [3, 4, 5], [6, 7], [8]]
+    assert losses.row_ids.tolist() == list(range(9))
+
+
 def test_no_memory_in_a_thread_is_the_same_one_line(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     learner = open_learner("cuda", folders["llama"])
