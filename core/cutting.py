@@ -31,6 +31,15 @@ def cut(batch: Batch, num_parts: int, *, target_cost: float) -> list[IntArray]:
     return [np.array(sorted(part), np.int64) for part in parts]
 
 
+def target_cost(sizes: Any, *, num_layers: int) -> float:
+    """Multiply-adds that a target adds, over those that every position takes in so many dense layers; roughly.
+
+    Args:
+        sizes: what holds `vocab_size`, `hidden_size` and `intermediate_size`, named as in `config.json`.
+    """
+    return float(sizes.vocab_size / (num_layers * (2 * sizes.hidden_size + 3 * sizes.intermediate_size)))
+
+
 def take(batch: Batch, rows: IntArray) -> Batch:
     """Some rows of a batch, int64 [R], in this order. A mixture's routing, which is a batch's, is lost."""
     prefix = batch.prefix and Prefix(batch.prefix.states[rows])

@@ -31,10 +31,11 @@ from backends.cuda.loss import host_logits, summed_losses, token_losses, token_r
 from backends.cuda.memory import GPU, memory_stats, within_memory
 from backends.cuda.optim import AdamW8bit, add_gradients, from_numpy, gradient, make_optimizer, to_numpy
 from backends.cuda.routers import RouterWatch
-from backends.cuda.weights import target_cost, weights_of
+from backends.cuda.weights import weights_of
 from backends.cuda.workers import MOST_PARTS, MOST_UNPACKING, Workers, even_parts, last_ones_in_parts
 from core.adapter import split_name, trains_router
 from core.config import RunConfig
+from core.cutting import target_cost
 from core.errors import UserError
 from core.protocols import (
     FILLER_ROW,
@@ -114,7 +115,7 @@ class CudaLearner:
         can_cut = self._is_flat and not self._has_dropout
         most = MOST_UNPACKING if config.model.bits == 4 else MOST_PARTS
         self._most_parts = min(most, self._workers.num_threads) if can_cut else 1
-        self._target_cost = target_cost(above, self._head)
+        self._target_cost = target_cost(model.config, num_layers=len(above)) if self._most_parts > 1 else 0.0
         model.train()
 
     @property

@@ -1,9 +1,9 @@
-"""What a model consists of: every tensor once, and how many multiply-adds they stand for."""
+"""What a model consists of: every tensor once."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -36,10 +36,3 @@ def _unwrapped(name: str) -> str:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def target_cost(layers: Iterable[torch.nn.Module], head: torch.nn.Linear) -> float:
-    """Multiply-adds that a target adds, over those that a position takes in dense `layers`; roughly."""
-    linear = (module for layer in layers for module in layer.modules() if hasattr(module, "in_features"))
-    in_layers = sum(module.in_features * module.out_features for module in linear)
-    return head.in_features * head.out_features / in_layers

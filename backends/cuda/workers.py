@@ -167,7 +167,7 @@ def even_parts(batch: Batch, *, most: int, cores: int, target_cost: float) -> li
     lengths, num_shared = batch.is_token.sum(axis=1), batch.num_shared
     targets = (batch.targets != IGNORE).sum(axis=1)
 
-    def seconds(rows: Sequence[IntArray]) -> float:
+    def duration(rows: Sequence[IntArray]) -> float:
         """Of the costliest part, in what a position takes one core."""
         costs = [
             lengths[some].sum() - (len(some) - 1) * num_shared + target_cost * targets[some].sum() for some in rows
@@ -176,5 +176,5 @@ def even_parts(batch: Batch, *, most: int, cores: int, target_cost: float) -> li
         return float(max(costs)) * ((1 - SERIAL) / each + SERIAL)
 
     cuts = [cut(batch, number, target_cost=target_cost) for number in range(most, 0, -1)]
-    best = min(cuts, key=seconds)
+    best = min(cuts, key=duration)
     return [take(batch, rows) for rows in best] if len(best) > 1 else [batch]

@@ -24,6 +24,7 @@ from backends.mlx.packing import Layout
 from backends.mlx.routers import Routed, run_watched
 from core.adapter import HEAD, LORA_A, LORA_B, Adapter, split_name
 from core.adapter_mlx import module_name
+from core.cutting import target_cost
 from core.errors import UserError
 from core.protocols import Weight
 
@@ -182,9 +183,8 @@ class Network:
 
     @property
     def target_cost(self) -> float:
-        """Multiply-adds that a target adds, over those that every position takes; roughly."""
-        size, layers = self.module.args, len(self.module.layers) - self.num_prefix_layers
-        return float(size.vocab_size / (layers * (2 * size.hidden_size + 3 * size.intermediate_size)))
+        """See `core.cutting.target_cost`."""
+        return target_cost(self.module.args, num_layers=len(self.module.layers) - self.num_prefix_layers)
 
     @property
     def is_mixture(self) -> bool:

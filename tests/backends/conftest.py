@@ -190,9 +190,9 @@ def assert_same_state(one: TrainState, other: TrainState) -> None:
             np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def in_new_process(function: str, *arguments: Any, timeout: float = 120.0) -> None:
-    """Calls `tests.backends.conftest.<function>` with JSON arguments in a fresh interpreter."""
-    code = f"import json, sys\nfrom tests.backends.conftest import {function}\n{function}(*json.loads(sys.argv[1]))\n"
+def in_new_process(function: str, *arguments: Any, module: str = __name__, timeout: float = 120.0) -> None:
+    """Calls a function of `module`, this one if no other is named, with JSON arguments in a fresh interpreter."""
+    code = f"import json, sys\nfrom {module} import {function}\n{function}(*json.loads(sys.argv[1]))\n"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(arguments, default=str)],
         cwd=ROOT,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ torch = pytest.importorskip("torch")
 from backends.cuda.workers import Workers, last_ones_in_parts  # noqa: E402
 from core.errors import OutOfMemoryError  # noqa: E402
 from core.protocols import Prefix  # noqa: E402
-from tests.backends.conftest import ROOT, make_batch, open_learner  # noqa: E402
+from tests.backends.conftest import in_new_process, make_batch, open_learner  # noqa: E402
 from tests.tiny import make_model  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -173,20 +171,15 @@ def test_no_memory_in_a_thread_is_the_same_one_line(folders: dict[str, Path], mo
 def test_layers_that_are_left_out_give_the_same_bits_on_two_cores(tmp_path: Path) -> None:
     """With products large enough for a BLAS to split them."""
     folder = make_model(tmp_path / "model", hidden_size=256, intermediate_size=512, num_layers=2)
-    code = (
-        "import sys, torch, numpy as np\n"
-        "from pathlib import Path\n"
-        "from tests.backends.conftest import make_batch, open_learner\n"
-        "torch.set_num_threads(2)\n"
-        "rows = [make_batch((length,)).inputs[0] for length in (90, 33, 61)]\n"
-        "half = {'rank': 4, 'alpha': 8, 'dropout': 0.0, 'frozen_fraction': 0.5}\n"
-        "found = []\n"
-        "for settings in ({}, {'low_memory': True}):\n"
-        "    learner = open_learner('cuda', Path(sys.argv[1]), model={'bits': 16, **settings}, lora=half)\n"
-        "    found.append([prefix.states for prefix in learner.prefixes(rows)])\n"
-        "for one, other in zip(*found, strict=True):\n"
-        "    np.testing.assert_array_equal(one, other)\n"
-    )
-    command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_new_process("fill_on_two_cores", str(folder), module=__name__)
+
+
+def fill_on_two_cores(folder: str) -> None:
+    torch.set_num_threads(2)
+    rows = [make_batch((length,)).inputs[0] for length in (90, 33, 61)]
+    found = []
+    for settings in ({}, {"low_memory": True}):
+        learner = open_learner("cuda", Path(folder), model=settings, lora={"frozen_fraction": 0.5})
+        found.append([prefix.states for prefix in learner.prefixes(rows)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)
