@@ -10,12 +10,14 @@ On a CPU a batch comes in parts, each with a thread of its own: through each lay
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from backends.cuda.dropout import Masks
 from backends.cuda.halves import part_of
 from backends.cuda.memory import GPU
 from backends.cuda.nf4 import Nf4Matrix, state_on
@@ -41,24 +43,32 @@ class HostLayers:
             states = layer.run(states, options)
         return states
 
-    def run_to_train(self, states: PartStates, options: Options) -> tuple[PartStates, list[tuple[PartStates, Any]]]:
-        """As `run`, and what `backward` needs: of each layer its inputs, and the random state that it began with."""
+    def run_to_train(
+        self, states: PartStates, options: Options, masks: Sequence[Masks]
+    ) -> tuple[PartStates, list[tuple[PartStates, Any]]]:
+        """As `run`, and what `backward` needs: of each layer its inputs, and the random state that it began with.
+
+        Args:
+            masks: of each part.
+        """
         kept = []
         for layer in self._layers:
             kept.append((states, self._random_state()))
-            states = layer.run(states, options)
+            states = layer.run(states, options, masks)
         return states, kept
 
-    def backward(self, kept: list[tuple[PartStates, Any]], gradients: PartStates, options: Options) -> None:
+    def backward(
+        self, kept: list[tuple[PartStates, Any]], gradients: PartStates, options: Options, masks: Sequence[Masks]
+    ) -> None:
         """Adds the adapters' gradients to `.grad`, one part's after the other's.
 
         Args:
-            gradients: of the objective, with respect to what `run_to_train` returned for the same `options`.
+            gradients: of the objective, with respect to what `run_to_train` returned for these `options` and `masks`.
         """
         for index in reversed(range(len(self._layers))):
             states, random_state = kept.pop()
             self._set_random_state(random_state)
-            gradients = self._layers[index].backward(states, gradients, options, is_lowest=index == 0)
+            gradients = self._layers[index].backward(states, gradients, options, masks, is_lowest=index == 0)
 
     def _random_state(self) -> Any:
         return torch.cuda.get_rng_state(self._device) if self._device.type == GPU else torch.get_rng_state()
@@ -82,22 +92,31 @@ class _HostLayer:
         ]
         self._matrices = [(module, module.packed, module.state) for module in layer.modules() if _is_packed(module)]
 
-    def run(self, states: PartStates, options: Options) -> PartStates:
+    def run(self, states: PartStates, options: Options, masks: Sequence[Masks] | None = None) -> PartStates:
         def leaving(index: int) -> torch.Tensor:
-            return self._leaving(states[index], options[index])
+            with contextlib.nullcontext() if masks is None else masks[index].used():
+                return self._leaving(states[index], options[index])
 
         with self._on_device(), torch.no_grad():
             return self._workers.spread(leaving, range(len(states)))
 
-    def backward(self, states: PartStates, gradients: PartStates, options: Options, *, is_lowest: bool) -> PartStates:
+    def backward(
+        self,
+        states: PartStates,
+        gradients: PartStates,
+        options: Options,
+        masks: Sequence[Masks],
+        *,
+        is_lowest: bool,
+    ) -> PartStates:
         """Adds to `.grad`; returns the gradients of `states`, of the lowest layer nothing."""
 
         def of_part(index: int) -> tuple[torch.Tensor, ...]:
             entering = states[index].detach().requires_grad_(not is_lowest)
             wanted = self._trained if is_lowest else [*self._trained, entering]
-            found: tuple[torch.Tensor, ...] = torch.autograd.grad(
-                self._leaving(entering, options[index]), wanted, gradients[index]
-            )
+            with masks[index].used():
+                leaving = self._leaving(entering, options[index])
+            found: tuple[torch.Tensor, ...] = torch.autograd.grad(leaving, wanted, gradients[index])
             return found
 
         with self._on_device(), torch.enable_grad():

@@ -8,7 +8,7 @@ alone puts them back into rows, where a shared start stands in each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ import numpy as np
 import torch
 
 from core.protocols import IGNORE, Batch, IntArray, TokenArray
+
+SHARED_START = -2
+"""Stands where a row id would; no row has it."""
 
 
 @dataclass(eq=False)
@@ -98,6 +101,8 @@ class Flat:
     """int64 [N]: of each of these positions, its place in the flattened batch; None: the batch as it is."""
     targets: IntArray
     """int64 [targets]: of each target, in the order of the flattened batch, its position among them."""
+    extents: Sequence[tuple[int, int]]
+    """One after the other, what the positions belong to, a row id or `SHARED_START`, and how many there are of it."""
     layout: Layout | None = None
     """What attention needs to know; None where the rows are rows already."""
 
@@ -119,20 +124,25 @@ class Flat:
 
 def as_it_is(batch: Batch) -> Flat:
     """A batch with its padding and fillers, as a mixture's routers are counted over."""
-    return Flat(batch.inputs.shape, None, np.flatnonzero(batch.targets.reshape(-1) != IGNORE))
+    return Flat(
+        shape=batch.inputs.shape,
+        places=None,
+        targets=np.flatnonzero(batch.targets.reshape(-1) != IGNORE),
+        extents=[(int(row_id), batch.inputs.shape[1]) for row_id in batch.row_ids],
+    )
 
 
-def flatten(batch: Batch, *, send: Callable[[np.ndarray], torch.Tensor], share: bool) -> Flat:
+def flatten(batch: Batch, *, send: Callable[[np.ndarray], torch.Tensor], num_shared: int) -> Flat:
     """Lays a batch end to end.
 
     Args:
         send: an array to int64 on the device.
-        share: whether the start that all rows have in common is taken once; not where each row has its own dropout.
+        num_shared: length of the start that all rows have in common, which is taken once.
     """
     is_token = batch.is_token
     rows = np.flatnonzero(is_token.any(axis=1))
     lengths = is_token[rows].sum(axis=1)
-    width, num_shared = int(lengths.max()), batch.num_shared if share else 0
+    width = int(lengths.max())
     is_taken = np.arange(width) < lengths[:, None]
     is_taken[1:, :num_shared] = False
     in_rows, in_columns = np.nonzero(is_taken)
@@ -154,5 +164,9 @@ def flatten(batch: Batch, *, send: Callable[[np.ndarray], torch.Tensor], share: 
         shape=(1, len(in_rows)),
         places=rows[in_rows] * batch.inputs.shape[1] + in_columns,
         targets=sources[target_rows, target_columns],
+        extents=[
+            (SHARED_START, num_shared),
+            *zip(batch.row_ids[rows].tolist(), (lengths - num_shared).tolist(), strict=True),
+        ],
         layout=layout,
     )

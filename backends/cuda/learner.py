@@ -7,7 +7,7 @@ import functools
 import gc
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from backends.cuda.attention import hands_on_layout
+from backends.cuda.dropout import Masks
 from backends.cuda.halves import (
     ROWS_AT_A_TIME,
     AbsentLayers,
@@ -63,6 +64,15 @@ Evaluated = tuple[Batch, torch.Tensor, torch.Tensor | None]
 mixture the tokens that each expert got, int64 [layers, experts]."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Rows that are trained on together."""
+
+    batch: Batch
+    flat: Flat
+    masks: Masks
+
+
 class CudaLearner:
     """`core.protocols.Learner` in PyTorch. Made by `CudaBackend.open`."""
 
@@ -92,7 +102,6 @@ class CudaLearner:
         self.description = description
         self._dtype = dtype
         self._seed = config.train.seed
-        self._has_dropout = config.lora.dropout > 0 or getattr(model.config, "attention_dropout", 0.0) > 0
         self._optim = config.optim
         self._parameters = parameters
         self._optimizer = make_optimizer(self._parameters, config.optim, device=device)
@@ -111,8 +120,8 @@ class CudaLearner:
         above = self._decoder.layers[self.num_prefix_layers :]
         self._above = part_of(self._decoder, above, norm=self._decoder.norm)
         self._streamed = HostLayers(self._decoder, list(above), device, self._workers) if stream else None
-        # with dropout, the masks that a part gets would depend on which thread asks first
-        can_cut = self._is_flat and not self._has_dropout
+        # attention's own dropout is torch's: which masks a part gets would depend on which thread asks first
+        can_cut = self._is_flat and not getattr(model.config, "attention_dropout", 0.0)
         most = MOST_UNPACKING if config.model.bits == 4 else MOST_PARTS
         self._most_parts = min(most, self._workers.num_threads) if can_cut else 1
         self._target_cost = target_cost(model.config, num_layers=len(above)) if self._most_parts > 1 else 0.0
@@ -156,9 +165,10 @@ class CudaLearner:
         num_tokens = sum(batch.num_real_tokens for batch in microbatches)
         for index, batch in enumerate(microbatches):
             if batch.num_targets:
-                torch.manual_seed(step_seed(self._seed, step, index))
+                seed = step_seed(self._seed, step, index)
+                torch.manual_seed(seed)
                 share = batch.num_real_tokens / num_tokens
-                nll, aux_loss = self._backward(batch, aux_factor=self._aux_weight * share * num_targets)
+                nll, aux_loss = self._backward(batch, seed=seed, aux_factor=self._aux_weight * share * num_targets)
                 total += nll
                 aux_total += share * aux_loss
         gradients = [gradient(parameter) for parameter in self._parameters.values()]
@@ -169,56 +179,64 @@ class CudaLearner:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._optim.max_grad_norm, norm)
         return total / num_targets, aux_total if self._has_aux_loss else None, norm
 
-    def _backward(self, batch: Batch, *, aux_factor: float) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _backward(self, batch: Batch, *, seed: int, aux_factor: float) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Adds the gradient of the batch's objective to `.grad`: summed cross-entropy + factor * load-balancing loss.
 
         Returns the two losses, each without gradient and factor; 0 for the second where there is none.
         """
-        parts = even_parts(batch, most=self._most_parts, cores=self._workers.num_cores, target_cost=self._target_cost)
+        rows = even_parts(batch, most=self._most_parts, cores=self._workers.num_cores, target_cost=self._target_cost)
+        flats = [self._flat(some, num_shared=batch.num_shared) for some in rows]
+        parts = [_Part(some, flat, Masks(seed, flat.extents)) for some, flat in zip(rows, flats, strict=True)]
         if self._streamed is not None:
             return self._backward_streamed(parts, self._streamed), 0.0
         if len(parts) > 1:
             return self._backward_in_parts(parts), 0.0
+        with parts[0].masks.used():
+            return self._backward_whole(parts[0], aux_factor=aux_factor)
+
+    def _backward_whole(self, part: _Part, *, aux_factor: float) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """As `_backward`."""
         with self._autocast():
             with self._routers.watching() if self._has_aux_loss else contextlib.nullcontext():
-                hidden, targets = self._at_targets(batch)
+                hidden, targets = self._at_targets(part.batch, part.flat)
             objective, nll = self._summed_losses(hidden, targets)
-            aux_loss = self._aux_loss(batch) if self._has_aux_loss else 0.0
+            aux_loss = self._aux_loss(part.batch) if self._has_aux_loss else 0.0
         if aux_factor and self._has_aux_loss:
             objective = objective + aux_factor * aux_loss
         objective.backward()
         return nll, aux_loss.detach() if isinstance(aux_loss, torch.Tensor) else aux_loss
 
-    def _backward_in_parts(self, parts: Sequence[Batch]) -> torch.Tensor:
+    def _backward_in_parts(self, parts: Sequence[_Part]) -> torch.Tensor:
         """As `_backward`: the parts' gradients are taken at once, and added up one after the other."""
         parameters = list(self._parameters.values())
 
-        def of_part(part: Batch) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-            with self._autocast():
-                objective, nll = self._summed_losses(*self._at_targets(part))
-            return nll, torch.autograd.grad(objective, parameters)
+        def of_part(part: _Part) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+            with part.masks.used():
+                with self._autocast():
+                    objective, nll = self._summed_losses(*self._at_targets(part.batch, part.flat))
+                return nll, torch.autograd.grad(objective, parameters)
 
         found = self._workers.spread(of_part, parts)
         for _, gradients in found:
             add_gradients(parameters, gradients)
         return self._total(nll for nll, _ in found)
 
-    def _backward_streamed(self, parts: Sequence[Batch], layers: HostLayers) -> torch.Tensor:
+    def _backward_streamed(self, parts: Sequence[_Part], layers: HostLayers) -> torch.Tensor:
         """As `_backward_in_parts`, layer by layer; without a load-balancing loss, which `CudaBackend.check` sees to."""
-        flats = [self._flat(part) for part in parts]
-        options = [flat.options for flat in flats]
-        states, kept = layers.run_to_train([self._entering(*both) for both in zip(parts, flats, strict=True)], options)
+        options, masks = [part.flat.options for part in parts], [part.masks for part in parts]
+        states, kept = layers.run_to_train([self._entering(part.batch, part.flat) for part in parts], options, masks)
 
         def of_head(index: int) -> tuple[torch.Tensor, torch.Tensor]:
             leaving = states[index].requires_grad_()
             with self._autocast():
                 normed = self._decoder.norm(leaving)
-                objective, nll = self._summed_losses(*self._gathered(parts[index], flats[index], normed))
+                gathered = self._gathered(parts[index].batch, parts[index].flat, normed)
+                objective, nll = self._summed_losses(*gathered)
             (slope,) = torch.autograd.grad(objective, leaving)
             return nll, slope
 
         found = self._workers.spread(of_head, range(len(parts)))
-        layers.backward(kept, [slope for _, slope in found], options)
+        layers.backward(kept, [slope for _, slope in found], options, masks)
         return self._total(nll for nll, _ in found)
 
     def _summed_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,12 +246,12 @@ class CudaLearner:
         """One after the other, as those of micro-batches are added up."""
         return sum(losses, torch.zeros((), device=self.device))
 
-    def _flat(self, batch: Batch) -> Flat:
-        """The positions to compute. A mixture's batch stays as it is, since its routers are watched over whole rows; so
-        does the batch of a model whose code is not transformers'."""
+    def _flat(self, batch: Batch, *, num_shared: int) -> Flat:
+        """The positions to compute, those of a shared start once. A mixture's batch stays as it is, since its routers
+        are watched over whole rows; so does the batch of a model whose code is not transformers'."""
         if not self._is_flat:
             return as_it_is(batch)
-        return flatten(batch, send=self._send, share=not (self.model.training and self._has_dropout))
+        return flatten(batch, send=self._send, num_shared=num_shared)
 
     def _entering(self, batch: Batch, flat: Flat) -> torch.Tensor:
         """States [*flat.shape, hidden] that enter the first layer with an adapter."""
@@ -253,9 +271,9 @@ class CudaLearner:
         assert batch.prefix.routed is not None, "a mixture's prefix says where its tokens went"
         return self._to_device(torch.from_numpy(batch.prefix.routed))
 
-    def _at_targets(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _at_targets(self, batch: Batch, flat: Flat | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Final hidden states [N, hidden] and token ids [N] of the batch's N target positions."""
-        flat = self._flat(batch)
+        flat = flat or self._flat(batch, num_shared=batch.num_shared)
         if self._streamed is not None:
             (leaving,) = self._streamed.run([self._entering(batch, flat)], [flat.options])
             states = self._decoder.norm(leaving)

@@ -6,11 +6,13 @@ few columns, the sum in place), and a start without PEFT is two seconds shorter.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from backends.cuda.dropout import dropout
 from core.adapter import Adapter
 
 
@@ -23,6 +25,8 @@ class LoraPair(torch.nn.Module):  # type: ignore[misc]
         self.a = torch.nn.Parameter(torch.from_numpy(a.copy()))
         self.b = torch.nn.Parameter(torch.from_numpy(b.copy()))
         self.scale = adapter.scale_of(name)
+        self.place = zlib.crc32(name.encode())
+        """Of its dropout masks: a number of the module's own, whatever other modules the adapter has."""
         self._each: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] = ((), ())
 
     def forward(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
@@ -44,8 +48,14 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
         self.lora = pair
         self.dropout = dropout
 
+    @property
+    def drops(self) -> bool:
+        return bool(self.training and self.dropout > 0)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         out: torch.Tensor = self.base(x)
         # what the base returned belongs to nobody else, and no backward pass reads it
-        return out.add_(self.lora(F.dropout(x, self.dropout, self.training)))
+        if self.drops:
+            x = dropout(x, self.dropout, self.lora.place)
+        return out.add_(self.lora(x))

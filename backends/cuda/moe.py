@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from backends.cuda.dropout import dropout
 from backends.cuda.experts import product, route
 from backends.cuda.lora import LoraPair
 from core.adapter import LORA_A, LORA_B, Adapter
@@ -79,7 +80,10 @@ class _Lora(torch.nn.Module):  # type: ignore[misc]
     def _delta(self, name: str, x: torch.Tensor, expert: int | None = None) -> torch.Tensor | float:
         if name not in self.pairs:
             return 0.0
-        delta: torch.Tensor = self.pairs[name](F.dropout(x, self.dropout, self.training), expert)
+        pair: Any = self.pairs[name]
+        if self.training and self.dropout > 0:
+            x = dropout(x, self.dropout, pair.place, expert=expert)
+        delta: torch.Tensor = pair(x, expert)
         return delta
 
 

@@ -127,8 +127,7 @@ class MlxLearner:
     def _work(self, microbatches: Sequence[Batch], *, step: int, num_targets: int) -> Iterator[_Work]:
         num_tokens = sum(batch.num_real_tokens for batch in microbatches)
         for index, batch in enumerate(microbatches):
-            # Equal positions have other masks in other rows.
-            parts = self._cutter.parts(batch, share=not self.network.has_dropout)
+            parts = self._cutter.parts(batch)
             if not parts:
                 continue
             key = mx.random.key(step_seed(self._seed, step, index))

@@ -52,21 +52,17 @@ class Cutter:
 
     def whole(self, batch: Batch) -> Part:
         """All rows; filler rows may be left out."""
-        return self._part(batch, None, share=True)
+        return self._part(batch, None)
 
-    def parts(self, batch: Batch, *, share: bool = True) -> list[Part]:
-        """As many as there are streams to compute them, or rows; without those that have no target.
-
-        Args:
-            share: a start that all rows have in common may be computed once.
-        """
+    def parts(self, batch: Batch) -> list[Part]:
+        """As many as there are streams to compute them, or rows; without those that have no target."""
         if not batch.num_targets:
             return []
         if self.num_streams == 1:
-            found = [self._part(batch, None, share=share)]
+            found = [self._part(batch, None)]
         else:
             rows = cut(batch, self.num_streams, target_cost=self._network.target_cost)
-            found = [self._part(batch, some, share=share) for some in rows]
+            found = [self._part(batch, some) for some in rows]
         return [part for part in found if part.selection.num_targets]
 
     def for_evaluation(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Part]]]:
@@ -81,8 +77,8 @@ class Cutter:
             for batch in [together(some)] if alike else some:
                 yield batch, self.parts(batch)
 
-    def _part(self, batch: Batch, rows: IntArray | None, *, share: bool) -> Part:
-        shares = share and self._network.packs
+    def _part(self, batch: Batch, rows: IntArray | None) -> Part:
+        shares = self._network.packs
         if self.by_row or (shares and batch.num_shared):
             packed = pack(batch, rows=rows, by_row=self.by_row, share=shares)
             if self.by_row or packed.layout[0]:

@@ -26,6 +26,7 @@ from tests.backends.conftest import (
     save_state,
     train_from,
 )
+from tests.backends.test_shared_start import shared_batch
 from tests.tiny import VOCAB_SIZE
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -151,10 +152,13 @@ def test_dropout_masks_depend_on_step_and_microbatch_only(opened: Open, llama: P
             assert np.abs(different[name] - one[name]).max() > 1e-3 * np.abs(one[name]).max()
 
 
-def test_dropout_keeps_the_expected_gradient(opened: Open, llama: Path) -> None:
-    """Inverted dropout of the adapter's input: B's gradient, averaged over masks, stays what it is without."""
+@pytest.mark.parametrize("start", [0, 12])
+def test_dropout_keeps_the_expected_gradient(opened: Open, llama: Path, start: int) -> None:
+    """Inverted dropout of the adapter's input: B's gradient, averaged over masks, stays what it is without. Also where
+    all rows begin alike, and the masks of that are one."""
     plain = make_adapter(llama, make_config(), filled=False)  # B is 0: the masks do not change the output
-    batch = make_batch((16, 16, 16))
+    batch = shared_batch((16, 16, 16), start=start)
+    assert batch.num_shared == start
     wanted = gradient(opened(llama, initial=plain, **SHOWS_GRADIENT), [batch])
     dropping = replace(plain, dropout=0.2)
     learner = opened(llama, initial=dropping, lora={"dropout": 0.2}, **SHOWS_GRADIENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -81,13 +82,29 @@ def batches() -> list[Batch]:
 
 
 @pytest.mark.parametrize(("bits", "cores"), [(16, 2), (16, 3), (4, 2)])
-@pytest.mark.parametrize(("frozen", "optim"), [(0.0, SGD["optim"]), (0.5, SGD["optim"]), (0.5, {"name": "adamw"})])
+@pytest.mark.parametrize(
+    ("frozen", "dropout", "optim"),
+    [
+        (0.0, 0.0, SGD["optim"]),
+        (0.0, 0.2, SGD["optim"]),
+        (0.5, 0.0, SGD["optim"]),
+        (0.5, 0.2, SGD["optim"]),
+        (0.5, 0.0, {"name": "adamw"}),
+    ],
+)
 def test_a_step_is_that_of_the_whole_batches(
-    on_cores: Any, model: Path, parts_seen: list[int], cores: int, bits: int, frozen: float, optim: dict[str, Any]
+    on_cores: Any,
+    model: Path,
+    parts_seen: list[int],
+    cores: int,
+    bits: int,
+    frozen: float,
+    dropout: float,
+    optim: dict[str, Any],
 ) -> None:
     settings: dict[str, Any] = {
         "model": {"bits": bits},
-        "lora": HALF | {"frozen_fraction": frozen},
+        "lora": HALF | {"frozen_fraction": frozen, "dropout": dropout},
         "optim": optim | {"label_smoothing": 0.1},
     }
     whole, cut = on_cores(1, model, **settings), on_cores(cores, model, **settings)
@@ -101,7 +118,7 @@ def test_a_step_is_that_of_the_whole_batches(
 
 
 def test_the_same_bits_after_a_resume(on_cores: Any, model: Path, parts_seen: list[int]) -> None:
-    first, resumed = on_cores(3, model, lora=HALF), on_cores(3, model, lora=HALF)
+    first, resumed = (on_cores(3, model, lora=HALF | {"dropout": 0.2}) for _ in range(2))
     first.train_step(batches(), step=1, lr=1e-2)
     resumed.import_state(first.export_state())
     for learner in (first, resumed):
@@ -118,7 +135,7 @@ def test_the_same_bits_after_a_resume(on_cores: Any, model: Path, parts_seen: li
 def test_layers_left_out_or_streamed_give_the_same_bits_in_parts(
     on_cores: Any, model: Path, parts_seen: list[int], bits: int, settings: dict[str, Any], frozen: float
 ) -> None:
-    lora = HALF | {"frozen_fraction": frozen}
+    lora = HALF | {"frozen_fraction": frozen, "dropout": 0.2}
     plain = on_cores(2, model, lora=lora, model={"bits": bits})
     other = on_cores(2, model, lora=lora, model={"bits": bits, **settings})
     learners = [stored(learner, batches())[0] if frozen else learner for learner in (plain, other)]
@@ -152,9 +169,10 @@ def train_on_four_cores(folder: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_checkpointing_changes_nothing(on_cores: Any, model: Path, parts_seen: list[int], dtype: str) -> None:
-    """In bfloat16 casts of the adapter are kept for a forward pass, and must not be used in another."""
+    """In bfloat16 casts of the adapter are kept for a forward pass, and must not be used in another. Masks of dropout
+    are drawn again."""
     plain, other = (
-        on_cores(2, model, model={"dtype": dtype}, train={"gradient_checkpointing": recomputed})
+        on_cores(2, model, model={"dtype": dtype}, lora={"dropout": 0.2}, train={"gradient_checkpointing": recomputed})
         for recomputed in (False, True)
     )
     assert other.model.is_gradient_checkpointing
@@ -174,11 +192,20 @@ def test_half_precision_is_that_of_the_whole_batches(on_cores: Any, model: Path)
     assert_same_state(learners[1].export_state(), streamed.export_state())
 
 
-@pytest.mark.parametrize(("kind", "dropout"), [("llama", 0.2), ("mixtral", 0.0)])
-def test_dropout_and_mixtures_take_the_batch_whole(
-    on_cores: Any, folders: dict[str, Path], parts_seen: list[int], kind: str, dropout: float
-) -> None:
-    learners = [on_cores(cores, folders[kind], lora={"dropout": dropout}) for cores in (1, 2)]
+def test_mixtures_take_the_batch_whole(on_cores: Any, folders: dict[str, Path], parts_seen: list[int]) -> None:
+    learners = [on_cores(cores, folders["mixtral"], lora={"dropout": 0.2}) for cores in (1, 2)]
+    for learner in learners:
+        learner.train_step(microbatches(), step=1, lr=1e-2)
+    assert parts_seen == []
+    assert_same_state(learners[0].export_state(), learners[1].export_state())
+
+
+def test_attention_s_own_dropout_takes_the_batch_whole(on_cores: Any, tmp_path: Path, parts_seen: list[int]) -> None:
+    """Its masks come from torch's one generator."""
+    folder = make_model(tmp_path / "model")
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sizes | {"attention_dropout": 0.2}))
+    learners = [on_cores(cores, folder) for cores in (1, 2)]
     for learner in learners:
         learner.train_step(microbatches(), step=1, lr=1e-2)
     assert parts_seen == []

@@ -23,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 
 from backends.cuda import loss, model
 from backends.cuda.attention import ATTENTION
+from backends.cuda.dropout import Masks
 from backends.cuda.fused import fuse, rms_norm, rotate, swiglu
 from backends.cuda.lora import LoraLinear, LoraPair
 from backends.cuda.products import linears
@@ -108,12 +109,12 @@ def layer(size: int, *, rank: int = 0, dropout: float = 0.0, dtype: torch.dtype 
     base.weight.data = normal(size, 6, seed=size, dtype=dtype)
     if not rank:
         return base
-    name = "model.layers.0.self_attn.q_proj"
+    name = f"model.layers.{size}.self_attn.q_proj"
     a, b = normal(rank, 6, seed=size + 1), normal(size, rank, seed=size + 2)
     adapter = Adapter(
         modules={name: LoraModule(rank, 3.0 * size)},
         tensors={f"{name}.lora_A": a.numpy(), f"{name}.lora_B": b.numpy()},
-        num_layers=1,
+        num_layers=8,
         dropout=dropout,
         rslora=False,
     )
@@ -124,22 +125,34 @@ RANKS = [(2, 3, 1), (2, 0, 3), (0, 0, 0), (0, 2, 0)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_linears_are_the_layers_by_themselves(ranks: tuple[int, ...]) -> None:
-    """Written out by hand: W x + scale B A x, all in float64; and the gradients by torch."""
-    layers = [layer(size, rank=rank, dtype=torch.float64) for size, rank in zip((5, 4, 7), ranks, strict=True)]
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_linears_are_the_layers_by_themselves(ranks: tuple[int, ...], dropout: float) -> None:
+    """Written out by hand: W x + scale B A m x / (1 - dropout), all in float64, each pair with a mask m of its own; and
+    the gradients by torch."""
+    layers = [
+        layer(size, rank=rank, dropout=dropout, dtype=torch.float64)
+        for size, rank in zip((5, 4, 7), ranks, strict=True)
+    ]
     trained = [parameter for one in layers for parameter in one.parameters() if parameter.requires_grad]
     x = normal(2, 3, 6, dtype=torch.float64)
+    masks = Masks(1, [(0, 3), (1, 3)])
 
     def by_hand(x: torch.Tensor, layers: list[Any]) -> torch.Tensor:
         found = []
         for one, rank in zip(layers, ranks, strict=True):
-            weight = one.weight if not rank else one.base.weight + one.lora.scale * one.lora.b @ one.lora.a
-            found.append(x @ weight.t())
+            if not rank:
+                found.append(x @ one.weight.t())
+                continue
+            kept = masks.draw(x, dropout, one.lora.place).factors(x).view(x.shape)
+            assert dropout == 0 or 0 < kept.sum() < kept.numel()
+            beside = (x * kept / (1 - dropout)) @ one.lora.a.t() @ one.lora.b.t()
+            found.append(x @ one.base.weight.t() + one.lora.scale * beside)
         return torch.cat(found, -1)
 
     outcomes = []
     for module in (lambda x: torch.cat(linears(x, layers), -1), lambda x: by_hand(x, layers)):
-        found = [*through(module, x), *[parameter.grad for parameter in trained]]
+        with masks.used():
+            found = [*through(module, x), *[parameter.grad for parameter in trained]]
         outcomes.append([tensor.clone() for tensor in found if tensor is not None])
         for parameter in trained:
             parameter.grad = None
@@ -161,22 +174,18 @@ def test_linears_of_an_input_without_gradient() -> None:
 
 
 def test_linears_keep_to_the_layers_where_arithmetic_differs() -> None:
-    """Dropout, casts, bias: to the bit what the layers themselves give."""
+    """Casts, bias: to the bit what the layers themselves give."""
     x = normal(3, 6)
     dropping = [layer(5, rank=2, dropout=0.5), layer(4, rank=2, dropout=0.5)]
     biased = [torch.nn.Linear(6, 5).requires_grad_(False)]
-    for layers in (dropping, biased):
-        torch.manual_seed(1)
-        ours = linears(x, layers)
-        torch.manual_seed(1)
-        assert all(torch.equal(a, one(x)) for a, one in zip(ours, layers, strict=True))
+    assert torch.equal(linears(x, biased)[0], biased[0](x))
+    with torch.autocast("cpu", dtype=torch.bfloat16), Masks(1, [(0, 3)]).used():
+        ours, theirs = linears(x, dropping), [one(x) for one in dropping]
+    assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     for one in dropping:
         one.eval()
     for ours_, one in zip(linears(x, dropping), dropping, strict=True):
         assert_close(ours_.detach(), one(x).detach())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours, theirs = linears(x, dropping), [one(x) for one in dropping]
-    assert all(a.dtype == torch.bfloat16 and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 # --- whole models
