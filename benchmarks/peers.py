@@ -5,11 +5,11 @@
     python benchmarks/peers.py --backend cuda --frozen half --repeats 5
     python benchmarks/peers.py --device gpu --model 7b          # random weights in Mistral-7B's shape; also: mixtral
 
-A run is the same for all tools: the model's folder in; rank 8 on q k v o of the same layers, no dropout, AdamW at a
-constant rate; the same rows of the shipped expert questions with the loss on the answers only; as many optimiser steps
-of as many rows; the whole validation split evaluated before the first step, every --eval-every steps and at the end
-(mlx_lm before those steps instead of after); an adapter on the disk out. It is measured twice: with an adapter on every
-layer, and with the first half of the layers frozen.
+A run is the same for all tools: the model's folder in; rank 8 on q k v o of the same layers, no dropout (or --dropout
+0.05, say, each tool's own), AdamW at a constant rate; the same rows of the shipped expert questions with the loss on
+the answers only; as many optimiser steps of as many rows; the whole validation split evaluated before the first step,
+every --eval-every steps and at the end (mlx_lm before those steps instead of after); an adapter on the disk out. It is
+measured twice: with an adapter on every layer, and with the first half of the layers frozen.
 
 What is printed, medians over --repeats turns:
 - seconds of an optimiser step: the time in training steps over their number, the first one included. Ours: what the
@@ -157,6 +157,7 @@ def first_turn(args: argparse.Namespace, model: Path, data: Path) -> Turn:
         num_layers=architecture.num_layers,
         num_frozen=0,
         is_large=architecture.num_parameters >= CHECKPOINTING_FROM,
+        dropout=args.dropout,
         sets=tuple(args.set),
     )
 
@@ -233,6 +234,7 @@ def measure(args: argparse.Namespace, backend: str, frozen: str, common: Turn, s
             "layers": turn.num_layers,
             "frozen_layers": turn.num_frozen,
             "bits": turn.bits,
+            "dropout": turn.dropout,
         },
         "judged_on": judge_on,
         "settings": settings_of(turn, backend),
@@ -285,7 +287,8 @@ def title_of(args: argparse.Namespace, report: Result, device: str) -> str:
     sizes = report["sizes"]
     frozen = f"the first {sizes['frozen_layers']} of {sizes['layers']} layers frozen"
     return (
-        f"{Path(args.model).name}, {sizes['bits']}-bit, {frozen if sizes['frozen_layers'] else 'nothing frozen'}: "
+        f"{Path(args.model).name}, {sizes['bits']}-bit, {frozen if sizes['frozen_layers'] else 'nothing frozen'}"
+        f"{f', dropout {args.dropout}' if args.dropout else ''}: "
         f"{sizes['rows']} + {sizes['validation_rows']} rows, {sizes['steps']} steps of {sizes['batch_size']} rows, "
         f"{sizes['evaluations']} evaluations; {device}; medians of {args.repeats} turns"
     )
@@ -321,6 +324,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--eval-every", type=int, default=10, help="optimiser steps between evaluations")
     parser.add_argument("--max-tokens", type=int, default=2048)
+    parser.add_argument("--dropout", type=float, default=0.0, help="of what enters the adapter")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each tool")
     parser.add_argument("--data", type=Path, default=DATA, help="JSONL with prompt and completion")
     parser.add_argument("--set", action="append", default=[], metavar="S=V", help="another setting of ours")
@@ -366,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print("\n".join(goals(frozen, backend, report)), flush=True)
                 # after each, so that a run that is cut short leaves what it has
                 part = f"{Path(args.model).name}, {args.bits}-bit, {args.device}, {backend}, {frozen} frozen"
+                part += f", dropout {args.dropout}" if args.dropout else ""
                 save_part(args.output, part, about | report)
 
 

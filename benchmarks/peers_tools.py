@@ -51,6 +51,7 @@ class Turn:
     num_frozen: int
     is_large: bool
     """Whether activations are recomputed."""
+    dropout: float = 0.0
     sets: tuple[str, ...] = ()
     """More settings of ours."""
 
@@ -77,7 +78,7 @@ def our_settings(turn: Turn) -> list[str]:
         f"data.max_tokens={turn.max_tokens}",
         f"lora.rank={RANK}",
         f"lora.alpha={ALPHA}",
-        "lora.dropout=0",
+        f"lora.dropout={turn.dropout}",
         f"lora.frozen_fraction={turn.num_frozen / turn.num_layers}",
         f"optim.lr={LR}",
         f"optim.weight_decay={WEIGHT_DECAY}",
@@ -120,7 +121,7 @@ def mlx_lm_settings(turn: Turn) -> dict[str, Any]:
         "lora_parameters": {
             "rank": RANK,
             "scale": ALPHA / RANK,
-            "dropout": 0.0,
+            "dropout": turn.dropout,
             "keys": [f"self_attn.{key}" for key in KEYS],
         },
         "grad_checkpoint": turn.is_large,
@@ -310,7 +311,7 @@ def _sft_trainer(turn: Turn, model: Any, tokenizer: Any) -> Any:
     adapter = LoraConfig(
         r=RANK,
         lora_alpha=ALPHA,
-        lora_dropout=0.0,
+        lora_dropout=turn.dropout,
         target_modules=list(KEYS),
         layers_to_transform=list(range(turn.num_frozen, turn.num_layers)),
         task_type="CAUSAL_LM",

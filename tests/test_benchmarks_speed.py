@@ -53,8 +53,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dropout", "named"), [("0", ""), ("0.1", ", dropout 0.1")])
 def test_a_whole_run_beside_its_peer(
-    backend: str, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backend: str,
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    dropout: str,
+    named: str,
 ) -> None:
     if not peers.has_packages([*peers.NEEDED[backend], *peers.NEEDED["cuda"][:2]]):
         pytest.skip(f"{peers.PEERS[backend]} is not installed")
@@ -63,13 +70,14 @@ def test_a_whole_run_beside_its_peer(
         [
             *("--backend", backend, "--frozen", "half", "--model", str(model), "--data", str(rows)),
             *("--rows", "16", "--val-rows", "4", "--epochs", "2", "--eval-every", "3", "--repeats", "1"),
-            *("--output", str(output)),
+            *("--output", str(output), "--dropout", dropout),
         ]
     )
     text = output.read_text()
     assert str(tmp_path) not in text and str(model.parent) not in text
     ((part, report),) = json.loads(text).items()
-    assert part == f"tiny, 16-bit, cpu, {backend}, half frozen"
+    assert part == f"tiny, 16-bit, cpu, {backend}, half frozen{named}"
+    assert report["settings"][mine]["lora.dropout"] == str(float(dropout))
     assert report["sizes"] | {"steps": 8, "evaluations": 4, "frozen_layers": 2, "layers": 4} == report["sizes"]
     assert list(report["turns"]) == list(report["median"]) == [mine, mine + peers.WARM, peer]
     for (turn,) in report["turns"].values():
