@@ -87,7 +87,7 @@ class Batch:
     def num_shared(self) -> int:
         """Positions before the first target that hold the same tokens in all rows but fillers; 0 for a single row.
 
-        Attention is causal: as long as there is no dropout, every layer makes the same of them in all these rows.
+        Attention is causal: every layer makes the same of them in all these rows (with dropout, if they share masks).
         """
         real = self.is_token.any(axis=1)
         if np.count_nonzero(real) < 2:

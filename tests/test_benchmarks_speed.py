@@ -101,7 +101,7 @@ def test_a_whole_run_beside_its_peer(
     assert report["settings"][mine]["lora.frozen_fraction"] == "0.5"
     shown = capsys.readouterr().out
     assert f"| {peer} | " in shown and f"| {mine}{peers.WARM}: times less | " in shown
-    assert f"goal, whole run, s: 2.5x {peer}: " in shown
+    assert f"goal, {mine}, whole run, s: 2.5x {peer}: " in shown
 
 
 def test_sizes_that_the_peers_would_cut_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,8 +115,9 @@ class _HostLayer:
             entering = states[index].detach().requires_grad_(not is_lowest)
             wanted = self._trained if is_lowest else [*self._trained, entering]
             with masks[index].used():
-                leaving = self._leaving(entering, options[index])
-            found: tuple[torch.Tensor, ...] = torch.autograd.grad(leaving, wanted, gradients[index])
+                found: tuple[torch.Tensor, ...] = torch.autograd.grad(
+                    self._leaving(entering, options[index]), wanted, gradients[index]
+                )
             return found
 
         with self._on_device(), torch.enable_grad():

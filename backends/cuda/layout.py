@@ -137,11 +137,13 @@ def flatten(batch: Batch, *, send: Callable[[np.ndarray], torch.Tensor], num_sha
 
     Args:
         send: an array to int64 on the device.
-        num_shared: length of the start that all rows have in common, which is taken once.
+        num_shared: length of the start that all rows have in common, which is taken once; less where the batch is a
+            part of one that has less in common.
     """
     is_token = batch.is_token
     rows = np.flatnonzero(is_token.any(axis=1))
     lengths = is_token[rows].sum(axis=1)
+    assert num_shared < lengths.min(), "a row without a position of its own"
     width = int(lengths.max())
     is_taken = np.arange(width) < lengths[:, None]
     is_taken[1:, :num_shared] = False

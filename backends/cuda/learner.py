@@ -184,9 +184,10 @@ class CudaLearner:
 
         Returns the two losses, each without gradient and factor; 0 for the second where there is none.
         """
-        rows = even_parts(batch, most=self._most_parts, cores=self._workers.num_cores, target_cost=self._target_cost)
-        flats = [self._flat(some, num_shared=batch.num_shared) for some in rows]
-        parts = [_Part(some, flat, Masks(seed, flat.extents)) for some, flat in zip(rows, flats, strict=True)]
+        cores, num_shared = self._workers.num_cores, batch.num_shared
+        cut = even_parts(batch, most=self._most_parts, cores=cores, target_cost=self._target_cost)
+        flats = [self._flat(part, num_shared=num_shared) for part in cut]
+        parts = [_Part(part, flat, Masks(seed, flat.extents)) for part, flat in zip(cut, flats, strict=True)]
         if self._streamed is not None:
             return self._backward_streamed(parts, self._streamed), 0.0
         if len(parts) > 1:

@@ -6,13 +6,12 @@ few columns, the sum in place), and a start without PEFT is two seconds shorter.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from backends.cuda.dropout import dropout
+from backends.cuda.dropout import drop
 from core.adapter import Adapter
 
 
@@ -25,8 +24,8 @@ class LoraPair(torch.nn.Module):  # type: ignore[misc]
         self.a = torch.nn.Parameter(torch.from_numpy(a.copy()))
         self.b = torch.nn.Parameter(torch.from_numpy(b.copy()))
         self.scale = adapter.scale_of(name)
-        self.place = zlib.crc32(name.encode())
-        """Of its dropout masks: a number of the module's own, whatever other modules the adapter has."""
+        self.name = name
+        """Of the module."""
         self._each: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] = ((), ())
 
     def forward(self, x: torch.Tensor, expert: int | None = None) -> torch.Tensor:
@@ -50,12 +49,11 @@ class LoraLinear(torch.nn.Module):  # type: ignore[misc]
 
     @property
     def drops(self) -> bool:
+        """Whether a forward pass would draw a mask now."""
         return bool(self.training and self.dropout > 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out]"""
         out: torch.Tensor = self.base(x)
         # what the base returned belongs to nobody else, and no backward pass reads it
-        if self.drops:
-            x = dropout(x, self.dropout, self.lora.place)
-        return out.add_(self.lora(x))
+        return out.add_(self.lora(drop(x, self.dropout, self.lora.name, training=self.training)))

@@ -241,7 +241,7 @@ def _attach_dense(base: PreTrainedModel, adapter: Adapter, names: list[str]) -> 
 
 
 def enable_checkpointing(base: PreTrainedModel) -> None:
-    """Recomputes each layer in the backward pass, with the same dropout masks (torch restores its generator)."""
+    """Recomputes each layer in the backward pass, with the same dropout masks (torch restores a GPU's generator)."""
     # transformers 5.23 renamed it and warns of the old name
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(base, name):

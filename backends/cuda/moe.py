@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from backends.cuda.dropout import dropout
+from backends.cuda.dropout import drop
 from backends.cuda.experts import product, route
 from backends.cuda.lora import LoraPair
 from core.adapter import LORA_A, LORA_B, Adapter
@@ -81,9 +81,7 @@ class _Lora(torch.nn.Module):  # type: ignore[misc]
         if name not in self.pairs:
             return 0.0
         pair: Any = self.pairs[name]
-        if self.training and self.dropout > 0:
-            x = dropout(x, self.dropout, pair.place, expert=expert)
-        delta: torch.Tensor = pair(x, expert)
+        delta: torch.Tensor = pair(drop(x, self.dropout, pair.name, training=self.training, expert=expert), expert)
         return delta
 
 

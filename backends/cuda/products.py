@@ -7,7 +7,7 @@ what comes back; here layers that read the same input add into one array, in the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -27,23 +27,21 @@ def linears(x: torch.Tensor, layers: Sequence[torch.nn.Module]) -> tuple[torch.T
     """
     if not is_plain(x, layers):
         return tuple(layer(x) for layer in layers)
-    weights, scales, matrices = [], [], []
-    masks: list[Mask | None] = []
+    scales: list[float] = []
+    tensors: list[torch.Tensor | None] = []
     for layer in layers:
-        if not isinstance(layer, LoraLinear):
-            weights.append(layer.weight)
-            scales.append(0.0)
-            masks.append(None)
-            matrices += [None, None]
-            continue
-        weights.append(layer.base.weight)
-        mask = draw(x, layer.dropout, layer.lora.place) if layer.drops else None
-        scales.append(layer.lora.scale * (1.0 if mask is None else mask.scale))
-        masks.append(mask)
-        matrices += [layer.lora.a, layer.lora.b]
-    if all(matrix is None for matrix in matrices) and not (x.requires_grad and torch.is_grad_enabled()):
-        return tuple(F.linear(x, weight) for weight in weights)
-    found: tuple[torch.Tensor, ...] = _Linears.apply(x, tuple(scales), tuple(masks), *weights, *matrices)
+        scale, a, b, levels, thresholds = 0.0, None, None, None, None
+        if isinstance(layer, LoraLinear):
+            scale, a, b = layer.lora.scale, layer.lora.a, layer.lora.b
+            if layer.drops:
+                mask = draw(x, layer.dropout, layer.lora.name)
+                scale, levels, thresholds = scale / (1.0 - layer.dropout), mask.levels, mask.thresholds
+            layer = layer.base
+        scales.append(scale)
+        tensors += [layer.weight, a, b, levels, thresholds]
+    if all(a is None for a in tensors[1::5]) and not (x.requires_grad and torch.is_grad_enabled()):
+        return tuple(F.linear(x, weight) for weight in tensors[::5])
+    found: tuple[torch.Tensor, ...] = _Linears.apply(x, tuple(scales), *tensors)
     return found
 
 
@@ -77,13 +75,12 @@ class _Linears(torch.autograd.Function):  # type: ignore[misc]
         ctx: Any,
         x: torch.Tensor,
         scales: tuple[float, ...],
-        masks: tuple[Mask | None, ...],
-        *matrices: torch.Tensor | None,
+        *tensors: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
-        count = len(scales)
-        weights, a, b = matrices[:count], matrices[count::2], matrices[count + 1 :: 2]
+        """`tensors`, of each layer: W, A, B, and its mask's two; None for what it lacks."""
+        weights, a, b = (tensors[part::5] for part in range(3))
         rows = x.reshape(-1, x.shape[-1])
-        inner = _inner(rows, a, masks)
+        inner = _inner(rows, a, _masks(tensors))
         found = []
         for weight, b_i, part, scale in zip(weights, b, _parts(inner, a), scales, strict=True):
             assert weight is not None
@@ -93,17 +90,16 @@ class _Linears(torch.autograd.Function):  # type: ignore[misc]
             found.append(out.view(*x.shape[:-1], -1))
         if not ctx.needs_input_grad[0]:  # below the lowest adapter
             ctx.mark_non_differentiable(*(out for out, b_i in zip(found, b, strict=True) if b_i is None))
-        ctx.scales, ctx.masks, ctx.shape = scales, masks, x.shape
-        # without a pair the input itself is not needed
-        ctx.save_for_backward(None if inner is None else rows, inner, *matrices)
+        ctx.scales, ctx.shape = scales, x.shape
+        # Without a pair the input itself is not needed. Checkpointing forgets what is saved, but no other attributes.
+        ctx.save_for_backward(None if inner is None else rows, inner, *tensors)
         return tuple(found)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
-        rows, inner, *matrices = ctx.saved_tensors
-        count = len(ctx.scales)
-        weights, a, b = matrices[:count], matrices[count::2], matrices[count + 1 :: 2]
+        rows, inner, *tensors = ctx.saved_tensors
+        weights, a, b = (tensors[part::5] for part in range(3))
         slopes = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         back = None if inner is None else torch.empty_like(inner)
         of_b: list[torch.Tensor | None] = []
@@ -119,20 +115,28 @@ class _Linears(torch.autograd.Function):  # type: ignore[misc]
             dx = slopes[0] @ weights[0]
             for slope, weight in zip(slopes[1:], weights[1:], strict=True):
                 dx.addmm_(slope, weight)
-        of_a = _through_a(rows, back, a, ctx.masks, dx)
-        pairs = [g for both in zip(of_a, of_b, strict=True) for g in both]
-        return None if dx is None else dx.view(ctx.shape), None, None, *[None] * count, *pairs
+        of_a = _through_a(rows, back, a, _masks(tensors), dx)
+        of_layers = [[None, of_a_i, of_b_i, None, None] for of_a_i, of_b_i in zip(of_a, of_b, strict=True)]
+        return None if dx is None else dx.view(ctx.shape), None, *chain.from_iterable(of_layers)
+
+
+def _masks(tensors: Sequence[torch.Tensor | None]) -> list[Mask | None]:
+    both = zip(tensors[3::5], tensors[4::5], strict=True)
+    return [None if levels is None or thresholds is None else Mask(levels, thresholds) for levels, thresholds in both]
 
 
 def _inner(rows: torch.Tensor, a: Sequence[torch.Tensor | None], masks: Sequence[Mask | None]) -> torch.Tensor | None:
     """A_i m_i x side by side, [N, sum of ranks]; None without a pair."""
-    stacked = _stacked(a)
-    if stacked is None or not any(masks):
-        return None if stacked is None else rows @ stacked.t()
-    inner = rows.new_empty(len(rows), len(stacked))
+    there = [a_i for a_i in a if a_i is not None]
+    if not there:
+        return None
+    if not any(masks):
+        return rows @ _stacked(there).t()
+    inner = rows.new_empty(len(rows), sum(map(len, there)))
     for a_i, mask, part in zip(a, masks, _parts(inner, a), strict=True):
         if a_i is not None:
-            torch.mm(rows if mask is None else mask.keep(rows), a_i.t(), out=part)
+            assert mask is not None, "dropout of some pairs only"
+            torch.mm(mask.keep(rows), a_i.t(), out=part)
     return inner
 
 
@@ -148,30 +152,27 @@ def _through_a(
     Args:
         back: t_i side by side, [N, sum of ranks]; None without a pair.
     """
-    stacked = _stacked(a)
-    if stacked is None or back is None:
+    if back is None:
         return [None] * len(a)
     if not any(masks):
         if dx is not None:
-            dx.addmm_(back, stacked)
+            dx.addmm_(back, _stacked([a_i for a_i in a if a_i is not None]))
         return [None if part is None else part.t() for part in _parts((back.t() @ rows).t(), a)]
-    found: list[torch.Tensor | None] = []
-    for a_i, mask, t in zip(a, masks, _parts(back, a), strict=True):
-        if a_i is None or mask is None:
-            assert a_i is None, "dropout of some pairs only"
-            found.append(None)
+    found: list[torch.Tensor | None] = [None] * len(a)
+    for index, (a_i, mask, t) in enumerate(zip(a, masks, _parts(back, a), strict=True)):
+        if a_i is None:
             continue
+        assert mask is not None, "dropout of some pairs only"
         factors = mask.factors(rows)
         if dx is not None:
             dx.addcmul_(t @ a_i, factors)
-        found.append(t.t() @ factors.mul_(rows))
+        found[index] = t.t() @ factors.mul_(rows)
     return found
 
 
-def _stacked(a: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _stacked(a: Sequence[torch.Tensor]) -> torch.Tensor:
     """[sum of ranks, in]"""
-    there = [a_i for a_i in a if a_i is not None]
-    return None if not there else there[0] if len(there) == 1 else torch.cat(there)
+    return a[0] if len(a) == 1 else torch.cat(list(a))
 
 
 def _parts(columns: torch.Tensor | None, a: Sequence[torch.Tensor | None]) -> list[Any]:

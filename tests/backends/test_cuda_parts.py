@@ -117,6 +117,18 @@ def test_a_step_is_that_of_the_whole_batches(
     assert_close(whole.export_state(), cut.export_state())
 
 
+def test_a_part_of_one_row_begins_with_what_the_batch_shares(
+    on_cores: Any, folders: dict[str, Path], parts_seen: list[int]
+) -> None:
+    """Its start has the masks that the batch's has."""
+    batch = shared_batch((40, 41), start=4)
+    learners = [on_cores(cores, folders["llama"], lora={"dropout": 0.3}, **SGD) for cores in (1, 2)]
+    one, two = (learner.train_step([batch], step=1, lr=1e-2) for learner in learners)
+    assert parts_seen == [2]
+    assert float(two.loss) == pytest.approx(float(one.loss), rel=1e-6)
+    assert_close(learners[0].export_state(), learners[1].export_state())
+
+
 def test_the_same_bits_after_a_resume(on_cores: Any, model: Path, parts_seen: list[int]) -> None:
     first, resumed = (on_cores(3, model, lora=HALF | {"dropout": 0.2}) for _ in range(2))
     first.train_step(batches(), step=1, lr=1e-2)

@@ -143,7 +143,7 @@ def test_linears_are_the_layers_by_themselves(ranks: tuple[int, ...], dropout: f
             if not rank:
                 found.append(x @ one.weight.t())
                 continue
-            kept = masks.draw(x, dropout, one.lora.place).factors(x).view(x.shape)
+            kept = masks.draw(x, dropout, one.lora.name).factors(x).view(x.shape)
             assert dropout == 0 or 0 < kept.sum() < kept.numel()
             beside = (x * kept / (1 - dropout)) @ one.lora.a.t() @ one.lora.b.t()
             found.append(x @ one.base.weight.t() + one.lora.scale * beside)
@@ -161,15 +161,19 @@ def test_linears_are_the_layers_by_themselves(ranks: tuple[int, ...], dropout: f
         assert_close(ours, theirs, rel=1e-12)
 
 
-def test_linears_of_an_input_without_gradient() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_linears_of_an_input_without_gradient(dropout: float) -> None:
     """The lowest layer with an adapter: only the pairs get gradients."""
-    layers = [layer(5, rank=2), layer(4)]
-    x = normal(3, 6)
-    first, second = linears(x, layers)
+    layers = [layer(5, rank=2, dropout=dropout), layer(4)]
+    x, masks = normal(3, 6), Masks(1, [(0, 3)])
+    with masks.used():
+        first, second = linears(x, layers)
     assert first.requires_grad and not second.requires_grad
     first.sum().backward()
     assert isinstance(layers[0], LoraLinear) and layers[0].lora.a.grad is not None
-    expected = layers[0].lora.scale * (layers[0].lora.b.sum(0)[:, None] * x.sum(0)[None])
+    kept = masks.draw(x, dropout, layers[0].lora.name).factors(x)
+    entering = (x * kept / (1 - dropout)).sum(0)
+    expected = layers[0].lora.scale * (layers[0].lora.b.sum(0)[:, None] * entering[None])
     assert_close(layers[0].lora.a.grad, expected.detach())
 
 
