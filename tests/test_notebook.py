@@ -14,12 +14,13 @@ MODEL = "SmolLM2-135M-Instruct"
 
 
 @pytest.mark.timeout(900)
-def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.delenv("TWINKEEL_CACHE", raising=False)  # the user's, where the model is
     if not (cache_folder() / "models" / MODEL).is_dir():
         pytest.skip(f"{MODEL} was never used here: `make train` brings it")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # it leaves its runs in a folder there
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(

@@ -135,11 +135,18 @@ def test_extents_name_the_positions() -> None:
     assert sum(count for _, count in flat.extents) == flat.shape[1]
 
 
-def test_not_without_masks_or_with_those_of_another_layout() -> None:
+def test_positions_in_no_row_s_order_are_drawn_for_as_they_come() -> None:
+    x, masks = torch.ones(4, 50), Masks(1, [(0, 3)])
+    with masks.used():
+        found = drop(x, 0.5, "q", training=True)
+    np.testing.assert_array_equal(found.numpy() > 0, factors(Masks(1, [(0, 4)]).draw(x, 0.5, "q")) > 0)
+
+
+def test_not_outside_a_training_step() -> None:
     x = torch.zeros(4, 3)
     with pytest.raises(AssertionError, match="outside a training step"):
         drop(x, 0.1, "q", training=True)
-    with pytest.raises(AssertionError, match="another layout"), Masks(1, [(0, 3)]).used():
+    with Masks(1, [(0, 4)]).used():
         drop(x, 0.1, "q", training=True)
     with pytest.raises(AssertionError, match="outside a training step"):
         drop(x, 0.1, "q", training=True)
