@@ -83,7 +83,8 @@ class EnoughSeen(Exception):
 # --- one turn, in a process of its own --------------------------------------------------------------------------------
 
 
-def take_turn(turn: Turn) -> Result:
+def on_batches(turn: Turn, measure: Callable[[Turn, Any, Sequence[Any]], Result], *, dropout: float = 0.0) -> Result:
+    """What `measure` makes of a run's learner and its first batches; the run ends there."""
     found: Result = {}
     batches: list[Any] = []
 
@@ -95,14 +96,15 @@ def take_turn(turn: Turn) -> Result:
             if len(batches) < turn.num_batches:
                 return train_step(microbatches, step=step, lr=lr)
             learner.train_step = train_step
-            found.update(profile(turn, learner, batches))
+            found.update(measure(turn, learner, batches))
             raise EnoughSeen
 
         learner.train_step = watch
 
     with tempfile.TemporaryDirectory() as name:
         try:
-            watched_train(settings_of(turn), backend=turn.backend, run=Path(name) / "run", on_learner=on_learner)
+            settings = [*settings_of(turn), f"lora.dropout={dropout}"]
+            watched_train(settings, backend=turn.backend, run=Path(name) / "run", on_learner=on_learner)
         except EnoughSeen:
             return found
     raise AssertionError(f"the run ended before {turn.num_batches} steps")
@@ -115,7 +117,6 @@ def settings_of(turn: Turn) -> list[str]:
         "model.bits=16",
         f"data.path={turn.data}",
         f"lora.rank={RANK}",
-        "lora.dropout=0",
         f"lora.frozen_fraction={turn.frozen}",
         f"train.batch_size={BATCH_SIZE}",
         "train.accumulation=1",
@@ -356,7 +357,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     if args.turn:
-        print(json.dumps(take_turn(Turn(**json.loads(args.turn[1])))))
+        print(json.dumps(on_batches(Turn(**json.loads(args.turn[1])), profile)))
         return
     for backend in ("mlx", "cuda") if args.backend == "both" else (args.backend,):
         about = facts(backend, args.device, script="profile_step.py", arguments=arguments)

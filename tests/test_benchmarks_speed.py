@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import growth, peers, profile_step
+from benchmarks import dropout_cost, growth, peers, profile_step
 from benchmarks.common import command_line, make_batches
 from benchmarks.dense_work import work_of_a_step
 from benchmarks.peers_tools import Turn, trl_settings
 from benchmarks.watched import num_evaluations
-from tests.backends.conftest import added_product, open_learner, skip_without
+from tests.backends.conftest import added_product, make_batch, open_learner, skip_without
 from tests.tiny import make_model
 
 NUM_LAYERS, RANK = 4, 4
@@ -205,6 +205,29 @@ def test_profile_of_a_step(
     assert half["multiply_adds"]["weight_gradients"] == stored["multiply_adds"]["weight_gradients"]
     shown = capsys.readouterr().out
     assert "| share of the limit |" in shown and "| backward, s |" in shown
+
+
+@pytest.mark.slow
+def test_cost_of_dropout(
+    backend: str, model: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "dropout.json"
+    given = ["--backend", backend, "--model", str(model), "--data", str(rows), "--batches", "2", "--repeats", "2"]
+    dropout_cost.main([*given, "--rate", "0.2", "--output", str(output)])
+    ((part, report),) = json.loads(output.read_text()).items()
+    assert part == f"tiny, {backend}, cpu" and report["rate"] == 0.2
+    assert report["seconds_without"] > 0.0 and report["seconds_with"] > 0.0 and report["ratio"] > 0.0
+    assert "times as long" in capsys.readouterr().out
+
+
+def test_switching_dropout_off_and_on_is_seen_by_the_learner(backend: str, tmp_path: Path) -> None:
+    learner = open_learner(backend, make_model(tmp_path / "model"), lora={"dropout": 0.5})
+    losses = {}
+    for rate in (0.5, 0.0):
+        dropout_cost.switch(learner, backend, rate)
+        losses[rate] = [float(learner.train_step([make_batch()], step=step, lr=0.0).loss) for step in (1, 2)]
+    assert losses[0.5][0] != losses[0.5][1] and losses[0.0][0] == losses[0.0][1]
+    learner.close()
 
 
 @pytest.mark.parametrize("first_layer", [0, 2], ids=["all layers", "half frozen"])
