@@ -12,12 +12,28 @@ KINDS: dict[str, tuple[str, ...]] = {
     "loss": ("logsumexp", "log_softmax", "nll_loss", "gather", "scatter"),
     "views and bookkeeping": (
         *("transpose", "t", "view", "as_strided", "reshape", "unsqueeze", "squeeze", "permute", "unsafe_view"),
-        *("expand", "slice", "select", "detach", "narrow", "split", "unbind", "flatten", "alias"),
+        *("expand", "slice", "select", "detach", "narrow", "split", "chunk", "unbind", "flatten", "alias"),
     ),
     "copies": ("to", "copy", "clone", "contiguous", "index", "embedding", "cat", "stack", "fill", "zero", "empty"),
     "norms and elementwise": (
-        *("mul", "add", "sub", "rsub", "div", "pow", "mean", "sum", "rsqrt", "sqrt", "neg", "silu", "sigmoid", "exp"),
-        *("cos", "sin", "max", "softmax", "where", "native_dropout", "lerp", "native_layer_norm", "rms_norm"),
+        *(
+            "mul",
+            "add",
+            "sub",
+            "rsub",
+            "div",
+            "pow",
+            "mean",
+            "sum",
+            "rsqrt",
+            "sqrt",
+            "neg",
+            "silu",
+            "sigmoid",
+            "exp",
+            "addcmul",
+        ),
+        *("cos", "sin", "max", "amax", "softmax", "where", "native_dropout", "lerp", "native_layer_norm", "rms_norm"),
     ),
 }
 """Operations by kind, in this order; a name stands for those that begin with it and go on with `_` or nothing."""
@@ -94,12 +110,21 @@ def _in_optimiser(event: Any) -> bool:
     return False
 
 
+def _head_sizes(vocab_size: int) -> set[int]:
+    """Of the vocabulary, and of the parts that a CPU takes it in; no other size of the model is to be one of these."""
+    from backends.cuda.loss import COLUMNS
+
+    return {vocab_size, COLUMNS, vocab_size % COLUMNS} - {0}
+
+
 def _kind(key: str, shapes: Any, vocab_size: int) -> str:
-    if "autograd::" in key or key.rstrip("0123456789").endswith("Backward"):
+    # a function's own time, forward (ours begin with `_`) or backward, is what stands between its operations
+    if "autograd::" in key or key.startswith("_") or key.rstrip("0123456789").endswith("Backward"):
         return BOOKKEEPING
     name = key.removeprefix("aten::").lstrip("_")
-    if name in MATMUL:
-        return HEAD if any(vocab_size in shape for shape in shapes or () if isinstance(shape, list)) else LINEAR
+    if name.rstrip("_") in MATMUL:
+        lists = [shape for shape in shapes or () if isinstance(shape, list)]
+        return HEAD if any(size in shape for size in _head_sizes(vocab_size) for shape in lists) else LINEAR
     for kind, names in KINDS.items():
         if any(name == one or name.startswith(one if one.endswith(".") else f"{one}_") for one in names):
             return kind
