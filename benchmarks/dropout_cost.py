@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import RESULTS, Result, facts, in_new_process, model_folder, save_part  # noqa: E402
-from benchmarks.profile_step import LR, MODEL, Turn, on_batches  # noqa: E402
+from benchmarks.common import RESULTS, Result, facts, model_folder, save_part  # noqa: E402
+from benchmarks.profile_step import LR, SETUPS, Turn, in_turn, on_batches, parse_with, parser_of, write_rows  # noqa: E402
 
 RESULT = RESULTS / "dropout.json"
 
@@ -65,17 +64,10 @@ def switch(learner: Any, backend: str, rate: float) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=("mlx", "cuda", "both"), default="both")
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--model", default=MODEL, help="hub id or folder of a dense model")
-    parser.add_argument("--data", type=Path, default=ROOT / "data/samples/expert.jsonl")
+    parser = parser_of(__doc__, RESULT)
     parser.add_argument("--rate", type=float, default=0.05, help="default: %(default)s")
-    parser.add_argument("--batches", type=int, default=6, help="batches of a turn")
-    parser.add_argument("--repeats", type=int, default=10, help="turns of each kind")
-    parser.add_argument("--output", type=Path, default=RESULT, help="default: %(default)s")
-    parser.add_argument("--turn", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
+    parser.set_defaults(rows=60, batches=6, repeats=10)
+    args = parse_with(parser, arguments)
     if not 0 < args.rate < 1:
         parser.error("--rate must be above 0 and below 1")
     return args
@@ -90,20 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for backend in ("mlx", "cuda") if args.backend == "both" else (args.backend,):
         about = facts(backend, args.device, script="dropout_cost.py", arguments=arguments)
         model = str(model_folder(args.model, backend, bits=16))
-        turn = Turn(
-            model,
-            str(args.data),
-            backend,
-            args.device,
-            frozen=0.5,
-            stored=True,
-            num_batches=args.batches,
-            repeats=args.repeats,
-        )
-        with tempfile.TemporaryDirectory() as cache:
-            environment = {"TWINKEEL_CACHE": cache, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
-            given = [backend, json.dumps(asdict(turn)), "--rate", str(args.rate)]
-            found = in_new_process(__file__, given, environment=environment)
+        with tempfile.TemporaryDirectory() as name:
+            data = Path(name) / "rows.jsonl"
+            write_rows(args, data)
+            turn = Turn(
+                model,
+                str(data),
+                backend,
+                args.device,
+                num_batches=args.batches,
+                repeats=args.repeats,
+                **SETUPS["half frozen, stored"],
+            )
+            found = in_turn(__file__, turn, Path(name) / "cache", "--rate", str(args.rate))
         print(
             f"{Path(args.model).name}, {backend}, {about['device']}: a step takes {found['seconds_without']:.3f} s, "
             f"with dropout {args.rate} {found['seconds_with']:.3f} s, {found['ratio']:.3f} times as long",

@@ -333,6 +333,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.rows % args.batch_size or args.val_rows % args.batch_size:
         parser.error("--rows and --val-rows must be multiples of --batch-size: mlx_lm leaves out what is over")
+    if not 0 <= args.dropout < 1:
+        parser.error("--dropout must be 0 or more and below 1")
     if args.eval_every < 2:
         parser.error("--eval-every must be 2 or more: mlx_lm's first evaluation is that of its first step")
     args.frozen_parts = {"0": ["nothing"], "half": ["half"], "both": ["nothing", "half"]}[args.frozen]

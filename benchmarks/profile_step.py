@@ -337,25 +337,43 @@ def _with_share(seconds: float, whole: float) -> str:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, output: Path) -> argparse.ArgumentParser:
+    """What a script takes that measures steps on the batches of a run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("mlx", "cuda", "both"), default="both")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--model", default=MODEL, help="hub id or folder of a dense model")
     parser.add_argument("--data", type=Path, default=ROOT / "data/samples/expert.jsonl")
     parser.add_argument("--rows", type=int, default=32, help="rows of the data")
     parser.add_argument("--batches", type=int, default=4, help="batches whose steps are measured")
-    parser.add_argument("--repeats", type=int, default=3, help="calls of each kind on each batch")
-    parser.add_argument("--output", type=Path, default=RESULT, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, help="how often each is measured")
+    parser.add_argument("--output", type=Path, default=output, help="default: %(default)s")
     parser.add_argument("--turn", nargs=2, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_with(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.rows < 2 * BATCH_SIZE * args.batches:  # a fifth of them is for validation
         parser.error(f"--rows must be {2 * BATCH_SIZE * args.batches} or more for --batches {args.batches}")
+    if not args.data.is_file():
+        parser.error(f"--data {args.data}: no such file")
     return args
 
 
+def write_rows(args: argparse.Namespace, path: Path) -> None:
+    lines = args.data.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[: args.rows]), encoding="utf-8")
+
+
+def in_turn(script: str, turn: Turn, cache: Path, *options: str) -> Result:
+    """What a process of its own measures."""
+    environment = {"TWINKEEL_CACHE": str(cache), "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}
+    return in_new_process(script, [turn.backend, json.dumps(asdict(turn)), *options], environment=environment)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse(arguments)
+    args = parse_with(parser_of(__doc__, RESULT), arguments)
     if args.turn:
         print(json.dumps(on_batches(Turn(**json.loads(args.turn[1])), profile)))
         return
@@ -363,20 +381,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about = facts(backend, args.device, script="profile_step.py", arguments=arguments)
         with tempfile.TemporaryDirectory() as name:
             data = Path(name) / "rows.jsonl"
-            lines = args.data.read_text(encoding="utf-8").splitlines(keepends=True)
-            data.write_text("".join(lines[: args.rows]), encoding="utf-8")
+            write_rows(args, data)
             model = str(model_folder(args.model, backend, bits=16))
             reports = {}
             for title, setup in SETUPS.items():
                 turn = Turn(
                     model, str(data), backend, args.device, num_batches=args.batches, repeats=args.repeats, **setup
                 )
-                environment = {
-                    "TWINKEEL_CACHE": str(Path(name) / "cache"),
-                    "OMP_WAIT_POLICY": "PASSIVE",
-                    "GOMP_SPINCOUNT": "2000",
-                }
-                reports[title] = in_new_process(__file__, [title, json.dumps(asdict(turn))], environment=environment)
+                reports[title] = in_turn(__file__, turn, Path(name) / "cache")
         print(f"{Path(args.model).name}, {backend}, {about['device']}\n\n{table(reports)}\n", flush=True)
         save_part(args.output, f"{Path(args.model).name}, {backend}, {args.device}", about | {"setups": reports})
 

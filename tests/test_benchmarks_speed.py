@@ -111,6 +111,23 @@ def test_sizes_that_the_peers_would_cut_are_refused(capsys: pytest.CaptureFixtur
         assert "mlx_lm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("parse", "arguments", "said"),
+    [
+        (peers.parse, ["--dropout", "1.5"], "--dropout must be"),
+        (dropout_cost.parse, ["--rate", "0"], "--rate must be"),
+        (dropout_cost.parse, ["--rows", "16"], "--rows must be 48 or more for --batches 6"),
+        (dropout_cost.parse, ["--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file"),
+    ],
+)
+def test_options_that_can_t_be_are_one_line(
+    capsys: pytest.CaptureFixture[str], parse: Any, arguments: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
 @pytest.mark.parametrize("is_large", [False, True])
 def test_trl_knows_every_setting_that_it_is_given(is_large: bool, tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ On a CPU a batch comes in parts, each with a thread of its own: through each lay
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -94,7 +93,7 @@ class _HostLayer:
 
     def run(self, states: PartStates, options: Options, masks: Sequence[Masks] | None = None) -> PartStates:
         def leaving(index: int) -> torch.Tensor:
-            with contextlib.nullcontext() if masks is None else masks[index].used():
+            with nullcontext() if masks is None else masks[index].used():
                 return self._leaving(states[index], options[index])
 
         with self._on_device(), torch.no_grad():

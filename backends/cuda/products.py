@@ -72,10 +72,7 @@ class _Linears(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        scales: tuple[float, ...],
-        *tensors: torch.Tensor | None,
+        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """`tensors`, of each layer: W, A, B, and its mask's two; None for what it lacks."""
         weights, a, b = (tensors[part::5] for part in range(3))
