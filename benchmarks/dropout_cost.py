@@ -66,7 +66,7 @@ def switch(learner: Any, backend: str, rate: float) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__, RESULT)
     parser.add_argument("--rate", type=float, default=0.05, help="default: %(default)s")
-    parser.set_defaults(rows=60, batches=6, repeats=10)
+    parser.set_defaults(rows=219, batches=6, repeats=10)
     args = parse_with(parser, arguments)
     if not 0 < args.rate < 1:
         parser.error("--rate must be above 0 and below 1")
